@@ -1,0 +1,3 @@
+//! Compute: what a step is.
+
+pub mod step;

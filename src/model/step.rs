@@ -1,0 +1,110 @@
+//! Seam 2, between core and compute: flat host vectors both ways, so that a fake runner can stand in
+//! for the model and a GPU could take its place.
+//!
+//! A step advances some sequences by one slice each: rows `[positions]` of one sequence, contiguous,
+//! whose K and V go into the blocks that its table names. Prefill, a chunk of prefill, decode and
+//! resumption after preemption are the same thing with different lengths.
+
+use crate::request::{Sampling, TokenLogprob};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// One step's work: `rows` tokens of several sequences.
+#[derive(Clone, Debug, Default)]
+pub struct StepInput {
+    /// Token of each row.
+    pub tokens: Vec<u32>,
+    /// Position of each row in its sequence; 0 is the first token.
+    pub positions: Vec<u32>,
+    /// One slice per sequence, covering all rows in order.
+    pub slices: Vec<Slice>,
+    /// The slices' block tables, one after the other.
+    pub block_tables: Vec<u32>,
+    /// Rows that need a next token; at most one per slice, its last row.
+    pub samples: Vec<SampleRow>,
+    /// Rows whose next token is known and to be scored.
+    pub scores: Vec<ScoreRow>,
+}
+
+/// Consecutive rows of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// Rows of the step.
+    pub rows: Range<usize>,
+    /// Where this sequence's blocks stand in [`StepInput::block_tables`]. Position `p` of the sequence
+    /// lives in slot `p % block_size` of block `table[p / block_size]`.
+    pub table: Range<usize>,
+}
+
+/// A row whose logits give a new token.
+#[derive(Clone, Debug)]
+pub struct SampleRow {
+    /// Row of the step.
+    pub row: usize,
+    /// How to choose.
+    pub sampling: Arc<Sampling>,
+    /// With `index` it determines the random draw, whatever else is in the batch.
+    pub seed: u64,
+    /// How many tokens were generated before this one.
+    pub index: u32,
+    /// Prompt and output so far, if [`Sampling::needs_history`]; else empty.
+    pub history: Vec<u32>,
+    /// How many tokens of `history` are the prompt's.
+    pub prompt_len: usize,
+    /// Tokens that must not be chosen now (end-of-text before `min_tokens`).
+    pub banned: Vec<u32>,
+}
+
+/// A row whose next token is known: its log-probability is asked for.
+#[derive(Clone, Debug)]
+pub struct ScoreRow {
+    /// Row of the step.
+    pub row: usize,
+    /// The token that follows it.
+    pub target: u32,
+    /// How many of the likeliest tokens to report beside it.
+    pub top: u32,
+}
+
+/// What a step computed, in the order of [`StepInput::samples`] and [`StepInput::scores`].
+#[derive(Clone, Debug, Default)]
+pub struct StepOutput {
+    /// The chosen tokens.
+    pub sampled: Vec<Sampled>,
+    /// The scored tokens.
+    pub scored: Vec<TokenLogprob>,
+}
+
+/// One chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub token: u32,
+    /// Present if [`Sampling::logprobs`] was.
+    pub logprob: Option<TokenLogprob>,
+}
+
+/// What a runner can hold; fixed for its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// KV blocks in the pool.
+    pub blocks: usize,
+    /// Positions per block.
+    pub block_size: usize,
+    /// Longest sequence, prompt and output together.
+    pub context: usize,
+    /// Token ids are below this.
+    pub vocab: usize,
+}
+
+/// Why a step failed; the engine fails the step's requests and goes on.
+pub type StepError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Runs steps. The engine owns it and calls it from its one thread.
+pub trait Runner {
+    /// What it can hold.
+    fn capacity(&self) -> Capacity;
+
+    /// Runs one step: writes the rows' K and V, then computes the asked-for rows.
+    fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError>;
+}
