@@ -59,8 +59,9 @@ pub struct Row {
     pub code: Option<&'static str>,
 }
 
+/// One row per kind, in the order of the kinds.
 #[rustfmt::skip]
-const TABLE: [Row; 15] = {
+pub const TABLE: [Row; 15] = {
     use Kind::*;
     const fn row(
         kind: Kind, http: u16, grpc: i32, retry: bool,

@@ -1,6 +1,8 @@
 //! Small identifiers. Each is its own type, so that none can be passed for another.
 
+use std::collections::hash_map::RandomState;
 use std::fmt;
+use std::hash::BuildHasher;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Index of a task in the [`crate::task::TaskTable`]; also the label index of per-task metrics.
@@ -33,6 +35,12 @@ impl fmt::Display for SeqId {
 pub fn is_valid_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+/// A number that nobody can guess, for seeds and request ids. The hasher's keys come from the system's
+/// random source.
+pub fn random() -> u64 {
+    RandomState::new().hash_one(0)
 }
 
 #[cfg(test)]

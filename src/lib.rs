@@ -11,7 +11,6 @@
 //! (the schedule / run / apply step), [`model::step`] and [`model::decoder`] (what a step computes),
 //! [`kernels`] (how), [`train`] (where the weights come from).
 
-pub mod config;
 pub mod error;
 pub mod ids;
 pub mod metrics;
@@ -19,11 +18,4 @@ pub mod request;
 pub mod task;
 pub mod telemetry;
 
-pub mod api;
-pub mod bench;
-pub mod engine;
-pub mod eval;
-pub mod kernels;
 pub mod model;
-pub mod text;
-pub mod train;

@@ -1,3 +1,3 @@
-//! The command line: arguments to a configuration to one of the commands.
+//! The command line.
 
 fn main() {}

@@ -16,12 +16,15 @@ pub struct Request {
     pub id: String,
     /// A task's name, or the bundle's id for raw text.
     pub model: String,
-    /// The prompt.
-    pub input: Input,
+    /// The prompts; every one gives `n` texts.
+    pub inputs: Vec<Input>,
     /// Control name to value, as given; checked against the task.
     pub controls: BTreeMap<String, serde_json::Value>,
     /// Sampling and lengths, as given.
     pub params: Params,
+    /// What `max_tokens` is where neither the request nor the task says; `None` is all that the
+    /// context leaves.
+    pub usual_max_tokens: Option<u32>,
     /// When the request reached us.
     pub arrived: Instant,
     /// The whole request must end by then.

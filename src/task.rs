@@ -1,6 +1,8 @@
 //! A task: one TOML file that turns a model into an endpoint. Everything unknown or out of range is
 //! refused at load with the file, the key and what is allowed.
 
+mod load;
+
 use crate::ids::TaskId;
 use crate::request::Params;
 use std::collections::BTreeMap;
@@ -51,6 +53,26 @@ pub enum ControlKind {
     },
     /// One of these words.
     Enum(Vec<String>),
+}
+
+impl ControlKind {
+    /// Every value, as it stands in the token.
+    pub fn values(&self) -> Vec<String> {
+        match self {
+            Self::Integer { minimum, maximum } => {
+                (*minimum..=*maximum).map(|n| n.to_string()).collect()
+            }
+            Self::Enum(values) => values.clone(),
+        }
+    }
+
+    /// The values in words, for messages.
+    pub fn allowed(&self) -> String {
+        match self {
+            Self::Integer { minimum, maximum } => format!("an integer {minimum} to {maximum}"),
+            Self::Enum(values) => values.join(", "),
+        }
+    }
 }
 
 /// Limits of a task; `None` leaves it to the context.
