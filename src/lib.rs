@@ -18,4 +18,5 @@ pub mod request;
 pub mod task;
 pub mod telemetry;
 
+pub mod kernels;
 pub mod model;

@@ -1,0 +1,50 @@
+//! How the arithmetic is done: the only safe door to the only unsafe code of the crate.
+//!
+//! [`Ops`] are the differentiable operations of training, each with a plain reference
+//! ([`mod@reference`]) that defines it. [`PackedMatrix`] and [`KvPool`] are what serving runs on. All
+//! tensors are f32 and row-major; "rows" are the packed rows of many sequences, one after the other.
+//!
+//! Nothing here knows models, requests or training schedules. Invariants: on the CPU the result of a
+//! row does not depend, not even in its last bit, on the other rows of the call; shapes that do not fit
+//! are errors, never panics.
+
+mod attention;
+mod autograd;
+mod embed;
+mod gemm;
+mod kv;
+mod linear;
+mod loss;
+mod memory;
+mod mmap;
+mod norm;
+mod ops;
+mod optim;
+mod packed;
+mod pointwise;
+mod reduce;
+mod reference;
+mod simd;
+mod threads;
+
+pub use kv::{KvPool, KvShape, PagedRows};
+pub use mmap::map_file;
+pub use ops::{Mode, Ops};
+pub use optim::{AdamW, adamw_step, l2_norm_squared};
+pub use packed::PackedMatrix;
+pub use threads::{in_pool, threads};
+
+/// The target of a row that takes no part in [`Ops::cross_entropy`].
+pub const IGNORE: u32 = u32::MAX;
+
+/// What the inputs of matrix products are rounded to; sums are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// No rounding.
+    F32,
+    /// bfloat16: 8 bits of mantissa, half the bytes.
+    Bf16,
+}
+
+#[cfg(test)]
+mod tests;
