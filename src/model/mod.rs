@@ -1,3 +1,126 @@
-//! Compute: what a step is.
+//! Compute: what a model is and what a step of it computes.
+//!
+//! [`spec`] reads `config.json`, [`weights`] maps `model.safetensors`, [`decoder`] is the one GPT-2 that
+//! both training and serving run, [`runner`] drives it a [`step`] at a time over a paged KV cache, and
+//! [`sample`] turns logits into tokens. [`init`] makes fresh weights.
+//!
+//! Knows tensors and rows. Must not know requests, tasks, text or time. Nothing in a bundle, however
+//! broken, makes it panic: what is wrong comes back as [`Faults`], all at once.
 
+pub mod decoder;
+pub mod init;
+pub mod runner;
+pub mod sample;
+pub mod spec;
 pub mod step;
+pub mod weights;
+
+pub use decoder::{Attend, CausalPacked, Decoder};
+pub use runner::CandleRunner;
+pub use spec::Spec;
+pub use weights::Weights;
+
+use crate::config::Dtype;
+use crate::kernels::{KvShape, Ops, Precision};
+use candle_core::{DType, Device};
+use std::fmt;
+use std::path::Path;
+
+/// Everything that is wrong with a bundle's weights: at least one sentence, each naming file and key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(pub Vec<String>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for Faults {}
+
+impl From<candle_core::Error> for Faults {
+    fn from(error: candle_core::Error) -> Self {
+        Self(vec![error.to_string()])
+    }
+}
+
+/// What weights are held in, and matrix products read, for a file of this type. By itself an f16 file is
+/// widened to f32: every f16 is an f32, but most are not bf16.
+pub fn precision(dtype: Dtype, file: DType) -> Precision {
+    match (dtype, file) {
+        (Dtype::Bf16, _) | (Dtype::Auto, DType::BF16) => Precision::Bf16,
+        (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
+    }
+}
+
+/// What the model keeps for each position.
+pub fn kv_shape(spec: &Spec, block_size: usize, precision: Precision) -> KvShape {
+    let (layers, heads, head_dim) = (spec.layers, spec.heads, spec.head_dim());
+    KvShape { layers, block_size, heads, head_dim, precision }
+}
+
+/// How a bundle is to be served.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// What weights are held in; keys and values too.
+    pub dtype: Dtype,
+    /// Positions that the KV cache holds, over all sequences; rounded up to whole blocks.
+    pub kv_tokens: usize,
+    /// Positions per KV block.
+    pub block_size: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { dtype: Dtype::Auto, kv_tokens: 1 << 14, block_size: 16 }
+    }
+}
+
+/// Reads the weights of the bundle in `dir` and makes them ready to run on the CPU.
+pub fn load(dir: &Path, options: &LoadOptions) -> Result<CandleRunner, Faults> {
+    let weights = Weights::open(dir)?;
+    if options.block_size == 0 {
+        return Err(Faults(vec!["block_size is 0; allowed: 1 or more".into()]));
+    }
+    weights.check_values()?;
+    let ops = Ops::new(&Device::Cpu, precision(options.dtype, weights.dtype()));
+    let decoder = Decoder::packed(weights.spec(), weights.var_builder(&Device::Cpu), ops)?;
+    let blocks = options.kv_tokens.div_ceil(options.block_size);
+    Ok(CandleRunner::new(decoder, blocks, options.block_size)?)
+}
+
+#[cfg(test)]
+mod parity;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::step::Runner;
+
+    #[test]
+    fn auto_follows_the_file_and_never_rounds() {
+        assert_eq!(precision(Dtype::Auto, DType::BF16), Precision::Bf16);
+        assert_eq!(precision(Dtype::Auto, DType::F16), Precision::F32);
+        assert_eq!(precision(Dtype::Auto, DType::F32), Precision::F32);
+        assert_eq!(precision(Dtype::F32, DType::BF16), Precision::F32);
+        assert_eq!(precision(Dtype::Bf16, DType::F32), Precision::Bf16);
+    }
+
+    #[test]
+    fn a_small_cache_shortens_the_context() {
+        let bundle = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gpt2-tiny");
+        for (kv_tokens, context) in [(40, 48), (128, 128), (4000, 128)] {
+            let options = LoadOptions { dtype: Dtype::F32, kv_tokens, block_size: 16 };
+            assert_eq!(load(&bundle, &options).unwrap().capacity().context, context);
+        }
+    }
+
+    #[test]
+    fn a_cache_of_nothing_is_refused() {
+        let bundle = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gpt2-tiny");
+        for (kv_tokens, block_size) in [(64, 0), (0, 16), (usize::MAX, 1)] {
+            let options = LoadOptions { dtype: Dtype::F32, kv_tokens, block_size };
+            assert!(load(&bundle, &options).is_err());
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The one GPT-2 decoder: training differentiates it, serving runs it over a paged cache.
+//!
+//! It maps packed rows to packed rows and never learns which sequence a row belongs to: that is the
+//! [`Attend`] it is handed. Invariant: apart from attention each row is computed on its own.
+
+use super::Spec;
+use crate::kernels::{Ops, PackedMatrix, Precision};
+use candle_core::{Result, Tensor, bail};
+use candle_nn::VarBuilder;
+
+/// Causal attention, the only place where rows meet.
+pub trait Attend {
+    /// `qkv [rows, 3d]` of one layer to `[rows, d]`. Called once per layer, in order.
+    fn attend(&mut self, layer: usize, qkv: &Tensor) -> Result<Tensor>;
+}
+
+/// Attention among packed whole sequences, differentiable: what training uses.
+#[derive(Clone, Copy, Debug)]
+pub struct CausalPacked<'a> {
+    /// Does the arithmetic.
+    pub ops: Ops,
+    /// First row of each sequence, then the number of rows.
+    pub seq_starts: &'a [usize],
+    /// Attention heads.
+    pub heads: usize,
+}
+
+impl Attend for CausalPacked<'_> {
+    fn attend(&mut self, _layer: usize, qkv: &Tensor) -> Result<Tensor> {
+        self.ops.causal_attention(qkv, self.seq_starts, self.heads)
+    }
+}
+
+/// `x · w + b`.
+#[derive(Debug)]
+enum Linear {
+    /// Weights as they are: differentiable.
+    Plain { w: Tensor, b: Tensor },
+    /// Weights in their kernel's layout.
+    Packed { w: PackedMatrix, b: Tensor },
+}
+
+impl Linear {
+    fn forward(&self, ops: &Ops, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Linear::Plain { w, b } => ops.linear(x, w, Some(b)),
+            Linear::Packed { w, b } => w.matmul(x, Some(b)),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Norm {
+    w: Tensor,
+    b: Tensor,
+    eps: f64,
+}
+
+impl Norm {
+    fn forward(&self, ops: &Ops, x: &Tensor) -> Result<Tensor> {
+        ops.layer_norm(x, &self.w, &self.b, self.eps)
+    }
+}
+
+#[derive(Debug)]
+struct Block {
+    ln_1: Norm,
+    c_attn: Linear,
+    attn_proj: Linear,
+    ln_2: Norm,
+    c_fc: Linear,
+    mlp_proj: Linear,
+}
+
+impl Block {
+    /// All rows of `x`, or only `keep` (u32 row numbers) once attention has seen them all.
+    fn forward(
+        &self,
+        ops: &Ops,
+        layer: usize,
+        x: &Tensor,
+        attend: &mut dyn Attend,
+        keep: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let qkv = self.c_attn.forward(ops, &self.ln_1.forward(ops, x)?)?;
+        let mut attended = attend.attend(layer, &qkv)?;
+        let mut x = x.clone();
+        if let Some(rows) = keep {
+            (x, attended) = (x.index_select(rows, 0)?, attended.index_select(rows, 0)?);
+        }
+        let x = ops.add(&x, &self.attn_proj.forward(ops, &attended)?)?;
+        let inner = ops.gelu(&self.c_fc.forward(ops, &self.ln_2.forward(ops, &x)?)?)?;
+        ops.add(&x, &self.mlp_proj.forward(ops, &inner)?)
+    }
+}
+
+/// The embedding table `[vocab, d]`, which is also the head.
+#[derive(Debug)]
+enum Table {
+    /// As it is: differentiable.
+    Plain(Tensor),
+    /// In its kernel's layout, from which rows are taken as well: it is not held twice.
+    Packed(PackedMatrix),
+}
+
+impl Table {
+    fn embed(&self, ops: &Ops, tokens: &Tensor) -> Result<Tensor> {
+        match self {
+            Table::Plain(table) => ops.embed(table, tokens),
+            Table::Packed(table) => table.embed(tokens),
+        }
+    }
+
+    fn project(&self, ops: &Ops, hidden: &Tensor) -> Result<Tensor> {
+        match self {
+            Table::Plain(table) => ops.project(hidden, table),
+            Table::Packed(table) => table.matmul(hidden, None),
+        }
+    }
+}
+
+/// GPT-2: embeddings, blocks, final norm, and the embedding table again as head.
+#[derive(Debug)]
+pub struct Decoder {
+    spec: Spec,
+    ops: Ops,
+    wte: Table,
+    wpe: Tensor,
+    blocks: Vec<Block>,
+    ln_f: Norm,
+}
+
+impl Decoder {
+    /// Over weights as they are, so that gradients reach them. `vb` holds [`Spec::tensors`].
+    pub fn new(spec: &Spec, vb: VarBuilder<'_>, ops: Ops) -> Result<Self> {
+        Builder { spec, ops, packed: false }.decoder(&vb)
+    }
+
+    /// Over weights packed for serving.
+    pub fn packed(spec: &Spec, vb: VarBuilder<'_>, ops: Ops) -> Result<Self> {
+        Builder { spec, ops, packed: true }.decoder(&vb)
+    }
+
+    /// The final hidden states `[rows, d]`, after the last norm, of `tokens` (u32 `[rows]`) at
+    /// `positions` (u32 `[rows]`).
+    pub fn hidden(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attend: &mut dyn Attend,
+    ) -> Result<Tensor> {
+        self.run(tokens, positions, attend, None)
+    }
+
+    /// The final hidden states of `rows` (u32) only. All rows reach the attention of every layer, but
+    /// what follows the last one is done for these alone.
+    pub fn hidden_at(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attend: &mut dyn Attend,
+        rows: &Tensor,
+    ) -> Result<Tensor> {
+        self.run(tokens, positions, attend, Some(rows))
+    }
+
+    fn run(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attend: &mut dyn Attend,
+        keep: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let ops = &self.ops;
+        let mut x = ops.add(&self.wte.embed(ops, tokens)?, &ops.embed(&self.wpe, positions)?)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let keep = keep.filter(|_| layer + 1 == self.blocks.len());
+            x = block.forward(ops, layer, &x, attend, keep)?;
+        }
+        self.ln_f.forward(ops, &x)
+    }
+
+    /// Logits `[rows, vocab]` of hidden states `[rows, d]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.wte.project(&self.ops, hidden)
+    }
+
+    /// The embedding table `[vocab, d]`, which is the head: for the fused loss. An error if it is packed.
+    pub fn head(&self) -> Result<&Tensor> {
+        match &self.wte {
+            Table::Plain(table) => Ok(table),
+            Table::Packed(_) => bail!("a packed decoder is not trained"),
+        }
+    }
+
+    /// What the inputs of its products are rounded to.
+    pub fn precision(&self) -> Precision {
+        self.ops.precision
+    }
+
+    /// The model's shape.
+    pub fn spec(&self) -> &Spec {
+        &self.spec
+    }
+}
+
+/// Takes a decoder's parts out of a variable builder.
+struct Builder<'a> {
+    spec: &'a Spec,
+    ops: Ops,
+    packed: bool,
+}
+
+impl Builder<'_> {
+    fn decoder(&self, vb: &VarBuilder<'_>) -> Result<Decoder> {
+        let (spec, vb) = (self.spec, vb.pp("transformer"));
+        let wte = vb.get((spec.vocab, spec.width), "wte.weight")?;
+        let wte = match self.packed {
+            true => Table::Packed(PackedMatrix::from_out_in(&wte, self.ops.precision)?),
+            false => Table::Plain(wte),
+        };
+        let blocks = (0..spec.layers).map(|i| self.block(&vb.pp("h").pp(i)));
+        Ok(Decoder {
+            spec: spec.clone(),
+            ops: self.ops,
+            wpe: vb.get((spec.context, spec.width), "wpe.weight")?,
+            blocks: blocks.collect::<Result<_>>()?,
+            ln_f: self.norm(&vb.pp("ln_f"))?,
+            wte,
+        })
+    }
+
+    fn block(&self, vb: &VarBuilder<'_>) -> Result<Block> {
+        let (d, inner) = (self.spec.width, self.spec.inner);
+        let (attn, mlp) = (vb.pp("attn"), vb.pp("mlp"));
+        Ok(Block {
+            ln_1: self.norm(&vb.pp("ln_1"))?,
+            c_attn: self.linear(&attn.pp("c_attn"), d, 3 * d)?,
+            attn_proj: self.linear(&attn.pp("c_proj"), d, d)?,
+            ln_2: self.norm(&vb.pp("ln_2"))?,
+            c_fc: self.linear(&mlp.pp("c_fc"), d, inner)?,
+            mlp_proj: self.linear(&mlp.pp("c_proj"), inner, d)?,
+        })
+    }
+
+    fn linear(&self, vb: &VarBuilder<'_>, inputs: usize, outputs: usize) -> Result<Linear> {
+        let w = vb.get((inputs, outputs), "weight")?;
+        let b = vb.get(outputs, "bias")?;
+        Ok(match self.packed {
+            true => Linear::Packed { w: PackedMatrix::from_in_out(&w, self.ops.precision)?, b },
+            false => Linear::Plain { w, b },
+        })
+    }
+
+    fn norm(&self, vb: &VarBuilder<'_>) -> Result<Norm> {
+        let d = self.spec.width;
+        Ok(Norm { w: vb.get(d, "weight")?, b: vb.get(d, "bias")?, eps: self.spec.eps })
+    }
+}

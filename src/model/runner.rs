@@ -1,0 +1,188 @@
+//! Runs steps on the CPU: the decoder over a paged KV cache, then a token for each row that asks.
+//!
+//! Knows rows, slices and blocks; must not know requests. Whatever does not fit together in a
+//! [`StepInput`] is an error before anything is written.
+
+use super::decoder::{Attend, Decoder};
+use super::step::{Capacity, Runner, StepError, StepInput, StepOutput};
+use super::{kv_shape, sample};
+use crate::kernels::{KvPool, PagedRows, in_pool};
+use candle_core::{Device, Result as CandleResult, Tensor};
+use rayon::prelude::*;
+use std::collections::BTreeSet;
+
+/// Rows whose logits are held at once: a vocabulary of 50k makes 13 MB of them.
+const LOGIT_ROWS: usize = 64;
+
+/// The model at work.
+#[derive(Debug)]
+pub struct CandleRunner {
+    decoder: Decoder,
+    pool: KvPool,
+    capacity: Capacity,
+}
+
+impl CandleRunner {
+    /// A runner with an empty cache of `blocks` blocks of `block_size` positions. Where these are fewer
+    /// than the model's context, they are the longest sequence.
+    pub fn new(decoder: Decoder, blocks: usize, block_size: usize) -> CandleResult<Self> {
+        let spec = decoder.spec();
+        let pool = KvPool::new(kv_shape(spec, block_size, decoder.precision()), blocks)?;
+        let context = spec.context.min(blocks * block_size);
+        let capacity = Capacity { blocks, block_size, context, vocab: spec.vocab };
+        Ok(Self { decoder, pool, capacity })
+    }
+
+    /// The decoder.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Runs all rows; gives the hidden states of `wanted`, which are sorted.
+    fn hidden(&mut self, input: &StepInput, wanted: &[u32]) -> CandleResult<Tensor> {
+        let rows = input.tokens.len();
+        let tokens = Tensor::from_slice(&input.tokens, rows, &Device::Cpu)?;
+        let positions = Tensor::from_slice(&input.positions, rows, &Device::Cpu)?;
+        let slices: Vec<_> =
+            input.slices.iter().map(|s| (s.rows.clone(), s.table.clone())).collect();
+        let paged =
+            PagedRows { positions: &input.positions, slices: &slices, tables: &input.block_tables };
+        let attend = &mut Paged { pool: &mut self.pool, rows: paged };
+        if wanted.len() == rows {
+            return self.decoder.hidden(&tokens, &positions, attend);
+        }
+        let wanted = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
+        self.decoder.hidden_at(&tokens, &positions, attend, &wanted)
+    }
+
+    /// Applies `f` to the logits of each of `asked`, given which row of `hidden` it is about.
+    fn with_logits<A: Sync, O: Send>(
+        &self,
+        hidden: &Tensor,
+        asked: &[A],
+        row: impl Fn(&A) -> u32,
+        f: impl Fn(&[f32], &A) -> Result<O, StepError> + Sync,
+    ) -> Result<Vec<O>, StepError> {
+        let mut outputs = Vec::with_capacity(asked.len());
+        for part in asked.chunks(LOGIT_ROWS) {
+            let rows: Vec<u32> = part.iter().map(&row).collect();
+            let rows = Tensor::from_vec(rows, part.len(), hidden.device())?;
+            let logits = self.decoder.logits(&hidden.index_select(&rows, 0)?)?;
+            let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let done: Result<Vec<O>, StepError> = logits
+                .par_chunks_exact(self.capacity.vocab)
+                .zip(part)
+                .map(|(logits, asked)| f(logits, asked))
+                .collect();
+            outputs.extend(done?);
+        }
+        Ok(outputs)
+    }
+
+    fn compute(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
+        let wanted = wanted_rows(input);
+        let hidden = self.hidden(input, &wanted)?;
+        let find = |row: usize| wanted.partition_point(|&w| (w as usize) < row) as u32;
+        let sampled = self.with_logits(&hidden, &input.samples, |s| find(s.row), sample::choose)?;
+        let scored = self.with_logits(&hidden, &input.scores, |s| find(s.row), sample::score)?;
+        Ok(StepOutput { sampled, scored })
+    }
+}
+
+impl Runner for CandleRunner {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
+        check(input, &self.capacity)?;
+        if input.tokens.is_empty() {
+            return Ok(StepOutput::default());
+        }
+        // On a compute thread no kernel has to be handed over and waited for.
+        in_pool(|| self.compute(input))
+    }
+}
+
+/// The rows whose logits somebody asks for, sorted. Never none: a step that only fills the cache
+/// computes one row for nothing rather than making every kernel think about empty inputs.
+fn wanted_rows(input: &StepInput) -> Vec<u32> {
+    let samples = input.samples.iter().map(|s| s.row);
+    let rows: BTreeSet<usize> = samples.chain(input.scores.iter().map(|s| s.row)).collect();
+    if rows.is_empty() { vec![0] } else { rows.into_iter().map(|row| row as u32).collect() }
+}
+
+/// Attention over the cache, for the rows of one step.
+struct Paged<'a> {
+    pool: &'a mut KvPool,
+    rows: PagedRows<'a>,
+}
+
+impl Attend for Paged<'_> {
+    fn attend(&mut self, layer: usize, qkv: &Tensor) -> CandleResult<Tensor> {
+        self.pool.attend(layer, qkv, &self.rows)
+    }
+}
+
+/// Refuses a step whose parts contradict each other or the runner's capacity.
+fn check(input: &StepInput, capacity: &Capacity) -> Result<(), StepError> {
+    let rows = input.tokens.len();
+    if input.positions.len() != rows {
+        return Err(format!("{} positions for {rows} rows", input.positions.len()).into());
+    }
+    if let Some(token) = input.tokens.iter().find(|&&t| t as usize >= capacity.vocab) {
+        return Err(format!("token {token} is outside a vocabulary of {}", capacity.vocab).into());
+    }
+    let mut covered = 0;
+    for slice in &input.slices {
+        if slice.rows.start != covered || slice.rows.is_empty() || slice.rows.end > rows {
+            return Err(format!("rows {:?} do not follow row {covered}", slice.rows).into());
+        }
+        covered = slice.rows.end;
+        let table = input
+            .block_tables
+            .get(slice.table.clone())
+            .ok_or_else(|| format!("block table {:?} is out of range", slice.table))?;
+        check_positions(&input.positions[slice.rows.clone()], table, capacity)?;
+    }
+    if covered != rows {
+        return Err(format!("slices cover {covered} of {rows} rows").into());
+    }
+    // Slices are in order, so these are sorted.
+    let last_rows: Vec<usize> = input.slices.iter().map(|s| s.rows.end - 1).collect();
+    for sample in &input.samples {
+        if last_rows.binary_search(&sample.row).is_err() {
+            return Err(format!("row {} is sampled but ends no slice", sample.row).into());
+        }
+        if sample.sampling.needs_history() && sample.history.is_empty() {
+            return Err(format!("row {} has penalties but no history", sample.row).into());
+        }
+    }
+    if let Some(score) = input.scores.iter().find(|s| s.row >= rows) {
+        return Err(format!("row {} is scored, of {rows} rows", score.row).into());
+    }
+    Ok(())
+}
+
+/// Positions of a slice are consecutive, within the context, and have blocks.
+fn check_positions(positions: &[u32], table: &[u32], capacity: &Capacity) -> Result<(), StepError> {
+    let first = positions[0] as usize;
+    if !positions.iter().enumerate().all(|(i, &p)| p as usize == first + i) {
+        return Err(format!("positions {positions:?} are not consecutive").into());
+    }
+    let end = first + positions.len();
+    if end > capacity.context {
+        return Err(
+            format!("position {} is outside a context of {}", end - 1, capacity.context).into()
+        );
+    }
+    let blocks = end.div_ceil(capacity.block_size);
+    let known = table.get(..blocks);
+    if !known.is_some_and(|t| t.iter().all(|&b| (b as usize) < capacity.blocks)) {
+        return Err(format!("position {} has no block in {table:?}", end - 1).into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! Refusals of steps that contradict themselves. What a good step computes is tested in
+//! `model::parity`.
+
+use super::*;
+use crate::kernels::{Ops, Precision};
+use crate::model::Spec;
+use crate::model::init::fresh;
+use crate::model::step::{SampleRow, ScoreRow, Slice};
+use crate::request::Params;
+use candle_core::DType;
+use candle_nn::VarBuilder;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+const BLOCKS: usize = 8;
+const BLOCK_SIZE: usize = 4;
+const CONTEXT: usize = 16;
+const VOCAB: usize = 50;
+
+fn runner_over(edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> CandleRunner {
+    let spec = Spec {
+        layers: 1,
+        heads: 2,
+        width: 8,
+        inner: 16,
+        context: CONTEXT,
+        vocab: VOCAB,
+        eps: 1e-5,
+        eos: None,
+        tasks: Vec::new(),
+    };
+    let mut tensors = fresh(&spec, 1).unwrap();
+    edit(&mut tensors);
+    let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
+    let ops = Ops::new(&Device::Cpu, Precision::F32);
+    let decoder = Decoder::packed(&spec, vb, ops).unwrap();
+    CandleRunner::new(decoder, BLOCKS, BLOCK_SIZE).unwrap()
+}
+
+fn sample(row: usize, params: Params) -> SampleRow {
+    SampleRow {
+        row,
+        sampling: Arc::new(params.sampling()),
+        seed: 1,
+        index: 0,
+        history: Vec::new(),
+        prompt_len: 0,
+        banned: Vec::new(),
+    }
+}
+
+/// Two sequences: five rows from position 0, one row at position 6.
+fn good() -> StepInput {
+    StepInput {
+        tokens: vec![1, 2, 3, 4, 5, 6],
+        positions: vec![0, 1, 2, 3, 4, 6],
+        slices: vec![Slice { rows: 0..5, table: 0..2 }, Slice { rows: 5..6, table: 2..4 }],
+        block_tables: vec![7, 0, 3, 1],
+        samples: vec![sample(4, Params::default()), sample(5, Params::default())],
+        scores: vec![ScoreRow { row: 0, target: 2, top: 3 }],
+    }
+}
+
+#[test]
+fn answers_in_the_order_asked() {
+    let mut runner = runner_over(|_| {});
+    let output = runner.step(&good()).unwrap();
+    assert_eq!(output.sampled.len(), 2);
+    assert_eq!((output.scored.len(), output.scored[0].top.len()), (1, 3));
+    let nothing = runner.step(&StepInput::default()).unwrap();
+    assert!(nothing.sampled.is_empty() && nothing.scored.is_empty());
+}
+
+#[test]
+fn more_rows_than_logits_are_held_for() {
+    let mut runner = runner_over(|_| {});
+    let mut input = good();
+    input.scores =
+        (0..3 * LOGIT_ROWS + 1).map(|i| ScoreRow { row: i % 6, target: 2, top: 0 }).collect();
+    let scored = runner.step(&input).unwrap().scored;
+    assert_eq!(scored.len(), 3 * LOGIT_ROWS + 1);
+    assert!(scored.iter().enumerate().all(|(i, s)| s.logprob == scored[i % 6].logprob));
+}
+
+#[test]
+fn contradictions_are_errors() {
+    type Edit = fn(&mut StepInput);
+    let cases: [(&str, Edit); 18] = [
+        ("5 positions for 6", |s| s.positions.truncate(5)),
+        ("token 50", |s| s.tokens[0] = VOCAB as u32),
+        ("do not follow", |s| s.slices.swap(0, 1)),
+        ("do not follow", |s| s.slices[1].rows = 5..7),
+        ("do not follow", |s| s.slices[0].rows = 0..0),
+        ("cover 5 of 6", |s| s.slices.truncate(1)),
+        ("out of range", |s| s.slices[1].table = 2..9),
+        ("not consecutive", |s| s.positions[1] = 0),
+        ("outside a context", |s| s.positions[5] = CONTEXT as u32),
+        ("outside a context", |s| s.positions[5] = u32::MAX),
+        ("no block", |s| s.slices[0].table = 0..1),
+        ("no block", |s| s.block_tables[3] = BLOCKS as u32),
+        ("ends no slice", |s| s.samples[0].row = 3),
+        ("ends no slice", |s| s.samples[0].row = usize::MAX),
+        ("no history", |s| {
+            s.samples[0] = sample(4, Params { presence_penalty: Some(1.0), ..Params::default() });
+        }),
+        ("row 6 is scored", |s| s.scores[0].row = 6),
+        ("outside a vocabulary", |s| s.scores[0].target = VOCAB as u32),
+        ("outside a vocabulary", |s| s.samples[0].banned = vec![VOCAB as u32]),
+    ];
+    let mut runner = runner_over(|_| {});
+    for (message, edit) in cases {
+        let mut input = good();
+        edit(&mut input);
+        let error = runner.step(&input).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}, not {message}");
+    }
+    runner.step(&good()).unwrap();
+}
+
+#[test]
+fn logits_that_are_not_finite_fail_the_step() {
+    let mut runner = runner_over(|tensors| {
+        let name = "transformer.ln_f.bias";
+        let poison = Tensor::full(f32::NAN, tensors[name].shape(), &Device::Cpu).unwrap();
+        tensors.insert(name.into(), poison);
+    });
+    assert!(runner.step(&good()).unwrap_err().to_string().contains("not finite"));
+}

@@ -1,0 +1,228 @@
+//! From a row of logits to a token.
+//!
+//! In order: bias, penalties, banned tokens, temperature, top-k, top-p, min-p, draw. Log-probabilities
+//! are those of the raw logits, before all of that. Invariants: the outcome is a function of the row,
+//! its [`SampleRow`] and nothing else, so a seed gives the same text in any batch; ties go to the
+//! lowest id.
+//!
+//! candle-transformers' `LogitsProcessor` is what the tests compare with, not what runs: its generator
+//! is a state that advances with each call (here the draw is a function of seed and index, so that
+//! preemption and batch order cannot change it), it sorts the whole vocabulary for top-p, and it
+//! knows neither min-p nor penalties.
+
+use super::step::{SampleRow, Sampled, ScoreRow, StepError};
+use crate::request::{Sampling, TokenLogprob};
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+/// Chooses the next token. Fails on logits that are not finite and if every token is banned.
+pub fn choose(raw: &[f32], row: &SampleRow) -> Result<Sampled, StepError> {
+    check_finite(raw)?;
+    let logits = adjusted(raw, row)?;
+    let best = argmax(&logits).ok_or("no token is left to choose from")?;
+    let token = match row.sampling.temperature {
+        0.0 => best,
+        _ => draw(&logits, best, &row.sampling, uniform(row.seed, row.index))?,
+    };
+    let logprob = row.sampling.logprobs.map(|top| logprob(raw, token, top));
+    Ok(Sampled { token, logprob })
+}
+
+/// Scores a token that is known to follow.
+pub fn score(raw: &[f32], row: &ScoreRow) -> Result<TokenLogprob, StepError> {
+    check_finite(raw)?;
+    if row.target as usize >= raw.len() {
+        return Err(outside(row.target, raw.len()));
+    }
+    Ok(logprob(raw, row.target, row.top))
+}
+
+/// The random draw of a seed's `index`-th token, in [0, 1): SplitMix64 as a counter-based generator.
+fn uniform(seed: u64, index: u32) -> f64 {
+    const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mix = |mut z: u64| {
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    // Mixing the seed first keeps neighbouring seeds from being shifted copies of one stream.
+    let start = mix(seed.wrapping_add(GAMMA));
+    let bits = mix(start.wrapping_add(GAMMA.wrapping_mul(u64::from(index) + 1)));
+    (bits >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn check_finite(logits: &[f32]) -> Result<(), StepError> {
+    // The product of anything finite with 0 is 0; of NaN and infinities it is NaN.
+    let sum: f32 = logits.iter().map(|l| l * 0.0).sum();
+    if sum.is_nan() { Err("the model gave logits that are not finite".into()) } else { Ok(()) }
+}
+
+fn outside(token: u32, vocab: usize) -> StepError {
+    format!("token {token} is outside a vocabulary of {vocab}").into()
+}
+
+/// The logits after bias, penalties and bans; banned tokens have minus infinity.
+fn adjusted<'a>(raw: &'a [f32], row: &SampleRow) -> Result<Cow<'a, [f32]>, StepError> {
+    let sampling = &*row.sampling;
+    let mut logits = Cow::Borrowed(raw);
+    if !sampling.logit_bias.is_empty() {
+        for &(token, bias) in &sampling.logit_bias {
+            *logit(&mut logits, token)? += bias;
+        }
+    }
+    if sampling.needs_history() {
+        for (token, count) in output_counts(row) {
+            let l = logit(&mut logits, token)?;
+            let repetition = sampling.repetition_penalty;
+            *l = if *l < 0.0 { *l * repetition } else { *l / repetition };
+            if count > 0 {
+                *l -= sampling.presence_penalty + sampling.frequency_penalty * count as f32;
+            }
+        }
+    }
+    for &token in &row.banned {
+        *logit(&mut logits, token)? = f32::NEG_INFINITY;
+    }
+    Ok(logits)
+}
+
+fn logit<'l>(logits: &'l mut Cow<'_, [f32]>, token: u32) -> Result<&'l mut f32, StepError> {
+    let vocab = logits.len();
+    logits.to_mut().get_mut(token as usize).ok_or_else(|| outside(token, vocab))
+}
+
+/// How often each token of the history was generated; 0 for those that only the prompt has.
+fn output_counts(row: &SampleRow) -> BTreeMap<u32, u32> {
+    let mut counts = BTreeMap::new();
+    for (i, &token) in row.history.iter().enumerate() {
+        *counts.entry(token).or_insert(0) += u32::from(i >= row.prompt_len);
+    }
+    counts
+}
+
+/// The likeliest token, if any is possible at all.
+fn argmax(logits: &[f32]) -> Option<u32> {
+    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &l| max.max(l));
+    if !max.is_finite() {
+        return None;
+    }
+    logits.iter().position(|&l| l == max).map(|i| i as u32)
+}
+
+/// Draws a token by `u` in [0, 1) from what temperature and truncation leave. Tokens are laid end to end
+/// in the order of their ids, so truncation that cuts nothing changes nothing.
+fn draw(logits: &[f32], best: u32, sampling: &Sampling, u: f64) -> Result<u32, StepError> {
+    let k = sampling.top_k as usize;
+    let last = match (1..logits.len()).contains(&k) {
+        true => top(logits, k).last().copied(),
+        false => None,
+    };
+    let max = logits[best as usize];
+    let weight = |l: f32| ((l - max) / sampling.temperature).exp();
+    let mut weights: Vec<f32> = match last {
+        Some(last) => (0u32..)
+            .zip(logits)
+            .map(|(id, &l)| if rank(logits, id, last).is_gt() { 0.0 } else { weight(l) })
+            .collect(),
+        None => logits.iter().map(|&l| weight(l)).collect(),
+    };
+    if sampling.top_p < 1.0 {
+        keep_nucleus(&mut weights, sampling.top_p);
+    }
+    // The likeliest token's weight is 1, so a share of it is the share itself.
+    weights.iter_mut().filter(|w| **w < sampling.min_p).for_each(|w| *w = 0.0);
+    let token = pick(&weights, u).ok_or("sampling weights are not finite")?;
+    Ok(token as u32)
+}
+
+fn sum(weights: &[f32]) -> f64 {
+    weights.iter().map(|&w| f64::from(w)).sum()
+}
+
+/// The first index whose cumulative share exceeds `u`.
+fn pick(weights: &[f32], u: f64) -> Option<usize> {
+    let total = sum(weights);
+    if !(total > 0.0 && total.is_finite()) {
+        return None;
+    }
+    let target = u * total;
+    let mut reached = 0.0;
+    let found = weights.iter().position(|&w| {
+        reached += f64::from(w);
+        reached > target
+    });
+    // Rounding of `u * total` up to `total` can leave none: then it is the last that is possible.
+    found.or_else(|| weights.iter().rposition(|&w| w > 0.0))
+}
+
+/// How two tokens rank: the likelier first, of equals the lower id.
+fn rank(scores: &[f32], a: u32, b: u32) -> Ordering {
+    scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
+}
+
+/// The `k` best tokens, best first, in one pass over the vocabulary.
+fn top(scores: &[f32], k: usize) -> Vec<u32> {
+    let mut kept: Vec<u32> = Vec::new();
+    let mut floor = f32::NEG_INFINITY;
+    for (id, &score) in (0u32..).zip(scores) {
+        // Of equals the earlier, already kept, is the better.
+        if score > floor {
+            kept.push(id);
+            if k > 0 && kept.len() == 2 * k {
+                kept.select_nth_unstable_by(k - 1, |&a, &b| rank(scores, a, b));
+                kept.truncate(k);
+                floor = scores[kept[k - 1] as usize];
+            }
+        }
+    }
+    kept.sort_unstable_by(|&a, &b| rank(scores, a, b));
+    kept.truncate(k);
+    kept
+}
+
+/// Zeroes all but the smallest set of tokens that has a share `p` of the weight.
+///
+/// The set is a head of the ranking. Which token is its last is found by bisection over an ever better
+/// sorted range, so that no more is sorted than must be; mostly the 64 best hold it.
+fn keep_nucleus(weights: &mut [f32], p: f32) {
+    let mass = |ids: &[u32]| ids.iter().map(|&id| f64::from(weights[id as usize])).sum::<f64>();
+    let mut missing = sum(weights) * f64::from(p);
+    let mut ids = top(weights, 64);
+    if mass(&ids) < missing {
+        ids = (0..weights.len() as u32).collect();
+    }
+    let (mut start, mut end) = (0, ids.len());
+    while end - start > 1 {
+        let half = (end - start) / 2;
+        ids[start..end].select_nth_unstable_by(half, |&a, &b| rank(weights, a, b));
+        let better = mass(&ids[start..start + half]);
+        if better >= missing {
+            end = start + half;
+        } else {
+            missing -= better;
+            start += half;
+        }
+    }
+    let Some(&last) = ids.get(start) else { return };
+    let (cut, last_id) = (weights[last as usize], last as usize);
+    for (id, w) in weights.iter_mut().enumerate() {
+        if *w < cut || (*w == cut && id > last_id) {
+            *w = 0.0;
+        }
+    }
+}
+
+/// A token's log-probability and the `n` likeliest tokens with theirs.
+fn logprob(raw: &[f32], token: u32, n: u32) -> TokenLogprob {
+    let max = raw.iter().fold(f32::NEG_INFINITY, |max, &l| max.max(l));
+    let total: f64 = raw.iter().map(|&l| f64::from((l - max).exp())).sum();
+    let log_sum = f64::from(max) + total.ln();
+    let of = |token: u32| (f64::from(raw[token as usize]) - log_sum) as f32;
+    let best = if n == 0 { Vec::new() } else { top(raw, n as usize) };
+    let top = best.into_iter().map(|t| (t, of(t))).collect();
+    TokenLogprob { token, logprob: of(token), top }
+}
+
+#[cfg(test)]
+mod tests;
