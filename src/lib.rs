@@ -18,5 +18,6 @@ pub mod request;
 pub mod task;
 pub mod telemetry;
 
+pub mod engine;
 pub mod kernels;
 pub mod model;

@@ -1,0 +1,226 @@
+//! A pretend model at seam 2, for tests of sockets and scheduling without weights. It ignores seeds,
+//! temperatures and penalties.
+//!
+//! Its "KV cache" holds the tokens themselves, in the blocks that the step names, and its next token is a
+//! pure function of what it reads back from there. So a wrong block, a skipped row or a stale position
+//! changes the text, just as it would with a real model, and [`FakeRunner::alone`] says what it should be.
+
+use crate::model::step::{
+    Capacity, Runner, SampleRow, Sampled, ScoreRow, Slice, StepError, StepInput, StepOutput,
+};
+use crate::request::TokenLogprob;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+/// Called before each step with its number, from 0, and its input. It may wait, panic or fail the step.
+pub type Hook = Box<dyn FnMut(usize, &StepInput) -> Result<(), StepError> + Send>;
+/// The model: a sequence's tokens so far to its next one.
+pub type Model = Box<dyn Fn(&[u32]) -> u32 + Send>;
+
+/// A deterministic pretend model.
+pub struct FakeRunner {
+    capacity: Capacity,
+    /// Token and position in each slot of each block.
+    cache: Vec<Option<(u32, u32)>>,
+    model: Model,
+    hooks: Vec<Hook>,
+    steps: usize,
+}
+
+impl FakeRunner {
+    /// A pretend model whose next token is a hash of all tokens so far.
+    pub fn new(capacity: Capacity) -> Self {
+        let cache = vec![None; capacity.blocks * capacity.block_size];
+        let vocab = capacity.vocab as u64;
+        let model: Model = Box::new(move |tokens| (hash(tokens) % vocab) as u32);
+        Self { capacity, cache, model, hooks: Vec::new(), steps: 0 }
+    }
+
+    /// Room for 16 sequences of 128 tokens, over a vocabulary of 256.
+    pub fn small() -> Self {
+        Self::new(Capacity { blocks: 128, block_size: 16, context: 128, vocab: 256 })
+    }
+
+    /// Chooses next tokens by `model` instead; they must be below the vocabulary's size.
+    pub fn with_model(mut self, model: impl Fn(&[u32]) -> u32 + Send + 'static) -> Self {
+        self.model = Box::new(model);
+        self
+    }
+
+    /// Calls `hook` before each step.
+    pub fn before_step(
+        mut self,
+        hook: impl FnMut(usize, &StepInput) -> Result<(), StepError> + Send + 'static,
+    ) -> Self {
+        self.hooks.push(Box::new(hook));
+        self
+    }
+
+    /// Makes the steps of these numbers fail.
+    pub fn failing_at(self, steps: impl Into<Vec<usize>>) -> Self {
+        let steps = steps.into();
+        self.before_step(
+            move |step, _| {
+                if steps.contains(&step) { Err("made to fail".into()) } else { Ok(()) }
+            },
+        )
+    }
+
+    /// Makes the steps of these numbers panic.
+    pub fn panicking_at(self, steps: impl Into<Vec<usize>>) -> Self {
+        let steps = steps.into();
+        self.before_step(move |step, _| {
+            assert!(!steps.contains(&step), "made to panic");
+            Ok(())
+        })
+    }
+
+    /// Makes each step wait until the test lets it pass.
+    pub fn gated(self) -> (Self, StepGate) {
+        let (arrive, arrivals) = channel();
+        let (pass, passes) = channel::<()>();
+        let runner = self.before_step(move |_, input| {
+            // Without a gate on the other side the way is open.
+            if arrive.send(input.clone()).is_ok() {
+                let _ = passes.recv();
+            }
+            Ok(())
+        });
+        (runner, StepGate { arrivals, pass })
+    }
+
+    /// What a sequence with this prompt, alone, would be given: up to `max_new` tokens, ending before
+    /// the first of `stop_ids` (impossible among the first `min_new` tokens).
+    pub fn alone(
+        &self,
+        prompt: &[u32],
+        max_new: usize,
+        min_new: usize,
+        stop_ids: &[u32],
+    ) -> Vec<u32> {
+        let mut tokens = prompt.to_vec();
+        for index in 0..max_new {
+            let banned = if index < min_new { stop_ids } else { &[] };
+            let next = self.next(&tokens, banned);
+            if stop_ids.contains(&next) {
+                break;
+            }
+            tokens.push(next);
+        }
+        tokens.split_off(prompt.len())
+    }
+
+    /// The log-probability that it pretends for `target` after `tokens`.
+    pub fn score(&self, tokens: &[u32], target: u32, top: u32) -> TokenLogprob {
+        let context = hash(tokens);
+        let likely = |token| -0.01 * (1 + (context ^ u64::from(token)) % 1000) as f32;
+        let vocab = self.capacity.vocab as u32;
+        let mut best: Vec<_> = (0..vocab.min(64)).map(|token| (token, likely(token))).collect();
+        best.sort_by(|a, b| b.1.total_cmp(&a.1));
+        best.truncate(top as usize);
+        TokenLogprob { token: target, logprob: likely(target), top: best }
+    }
+
+    fn next(&self, tokens: &[u32], banned: &[u32]) -> u32 {
+        let mut token = (self.model)(tokens);
+        while banned.contains(&token) {
+            token = (token + 1) % self.capacity.vocab as u32;
+        }
+        token
+    }
+
+    fn place(&self, input: &StepInput, slice: &Slice, position: u32) -> Result<usize, StepError> {
+        let size = self.capacity.block_size;
+        let table = &input.block_tables[slice.table.clone()];
+        let block = table.get(position as usize / size).ok_or("position beyond the block table")?;
+        Ok(*block as usize * size + position as usize % size)
+    }
+
+    fn write(&mut self, input: &StepInput) -> Result<(), StepError> {
+        for slice in &input.slices {
+            for row in slice.rows.clone() {
+                let position = input.positions[row];
+                let place = self.place(input, slice, position)?;
+                let slot = self.cache.get_mut(place).ok_or("block beyond the pool")?;
+                *slot = Some((input.tokens[row], position));
+            }
+        }
+        Ok(())
+    }
+
+    /// The tokens that `row` attends to, read back through its block table.
+    fn read(&self, input: &StepInput, row: usize) -> Result<Vec<u32>, StepError> {
+        let slice = input.slices.iter().find(|slice| slice.rows.contains(&row));
+        let slice = slice.ok_or("row without a slice")?;
+        let recall = |position: u32| match self.cache[self.place(input, slice, position)?] {
+            Some((token, written)) if written == position => Ok(token),
+            other => Err(format!("row {row} finds {other:?} at position {position}").into()),
+        };
+        (0..=input.positions[row]).map(recall).collect()
+    }
+
+    fn sample(&self, input: &StepInput, sample: &SampleRow) -> Result<Sampled, StepError> {
+        let tokens = self.read(input, sample.row)?;
+        let history = if sample.sampling.needs_history() { tokens.as_slice() } else { &[] };
+        if history != sample.history {
+            return Err("the history is not what the cache holds".into());
+        }
+        if tokens.len() != sample.prompt_len + sample.index as usize {
+            return Err("prompt and index do not add up to the position".into());
+        }
+        let token = self.next(&tokens, &sample.banned);
+        let logprob = sample.sampling.logprobs.map(|top| self.score(&tokens, token, top));
+        Ok(Sampled { token, logprob })
+    }
+
+    fn score_row(&self, input: &StepInput, row: &ScoreRow) -> Result<TokenLogprob, StepError> {
+        Ok(self.score(&self.read(input, row.row)?, row.target, row.top))
+    }
+}
+
+impl Runner for FakeRunner {
+    fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
+        let number = self.steps;
+        self.steps += 1;
+        self.hooks.iter_mut().try_for_each(|hook| hook(number, input))?;
+        self.write(input)?;
+        let sampled = input.samples.iter().map(|sample| self.sample(input, sample));
+        let scored = input.scores.iter().map(|row| self.score_row(input, row));
+        Ok(StepOutput {
+            sampled: sampled.collect::<Result<_, _>>()?,
+            scored: scored.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// The test's side of a gated runner. Dropping it opens the way for good.
+pub struct StepGate {
+    arrivals: Receiver<StepInput>,
+    pass: Sender<()>,
+}
+
+impl StepGate {
+    /// Waits until the next step has come to the gate, and shows it. `None` if the engine has ended.
+    pub fn arrival(&self) -> Option<StepInput> {
+        self.arrivals.recv().ok()
+    }
+
+    /// Lets `steps` steps pass, now or when they come.
+    pub fn pass(&self, steps: usize) {
+        for _ in 0..steps {
+            // It fails only if the engine has ended, and then nothing waits.
+            let _ = self.pass.send(());
+        }
+    }
+}
+
+/// FNV-1a over the tokens, stirred so that the low bits are as good as the high ones.
+fn hash(tokens: &[u32]) -> u64 {
+    let step = |h: u64, token: &u32| (h ^ u64::from(*token)).wrapping_mul(0x0000_0100_0000_01b3);
+    let h = tokens.iter().fold(0xcbf2_9ce4_8422_2325, step);
+    let h = (h ^ (h >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    h ^ (h >> 29)
+}

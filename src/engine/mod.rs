@@ -1,0 +1,119 @@
+//! The core: one thread that owns all sequences and decides, step by step, who runs next.
+//!
+//! The shell hands in a [`Job`] and reads [`Event`]s; each job gets exactly one terminal event
+//! ([`Event::Done`] or [`Event::Failed`]). Dropping the receiver *is* cancellation. The channel is sized
+//! so that sending never waits: a slow reader never stalls a batch.
+//!
+//! Reading order: `handle` (submit, start, drain), `core` (one tick: drop, plan, run, apply, send),
+//! [`scheduler`] (policy, in whole numbers), `seq` and [`blocks`] (what it decides over), [`plan`] (what
+//! compute gets), `gate` and `meter` (bounded queues, measured rates), [`fake`] (a pretend model).
+//!
+//! It knows neither text, sockets nor tensors, and reads no clock but the one it is handed.
+
+mod core;
+mod gate;
+mod handle;
+mod meter;
+mod seq;
+
+pub mod blocks;
+pub mod fake;
+pub mod plan;
+pub mod scheduler;
+
+#[cfg(test)]
+mod tests;
+
+pub use crate::model::step::Capacity;
+pub use handle::{EngineHandle, start};
+pub use seq::Seq;
+
+use crate::error::Error;
+use crate::ids::TaskId;
+use crate::request::{Finish, Sampling, Timing, TokenLogprob};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// One sequence to generate or score.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Selects queue, weight and metrics.
+    pub task: TaskId,
+    /// The prompt; at least one token.
+    pub tokens: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: Arc<Sampling>,
+    /// Determines the random draws, whatever else is in the batch.
+    pub seed: u64,
+    /// Most new tokens; 0 only scores the prompt.
+    pub max_new: u32,
+    /// Stop tokens are impossible before this many new tokens.
+    pub min_new: u32,
+    /// Tokens that end the text (and are not part of it); empty ignores end-of-text.
+    pub stop_ids: Arc<[u32]>,
+    /// Ask for the prompt's own log-probabilities, with this many alternatives each.
+    pub score_prompt: Option<u32>,
+    /// When the request came in.
+    pub arrived: Instant,
+    /// When it must have ended.
+    pub deadline: Option<Instant>,
+    /// When its first token must be out.
+    pub first_token_deadline: Option<Instant>,
+}
+
+/// What a job hears.
+#[derive(Debug)]
+pub enum Event {
+    /// The prompt's log-probabilities, if asked for: one per prompt token, the first `None`.
+    Prompt(Vec<Option<TokenLogprob>>),
+    /// One new token. A stop token is not reported.
+    Token {
+        /// The token.
+        id: u32,
+        /// If [`Sampling::logprobs`] asks for it.
+        logprob: Option<TokenLogprob>,
+        /// Where the time went so far, for a client that ends here of its own accord.
+        timing: Timing,
+    },
+    /// The end, well.
+    Done {
+        /// Why.
+        finish: Finish,
+        /// Where the time went.
+        timing: Timing,
+    },
+    /// The end, badly.
+    Failed(Error),
+}
+
+/// What the engine is able to do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Weights are being read.
+    Loading,
+    /// Accepting work.
+    Ready,
+    /// Finishing what runs; new work is refused.
+    Draining,
+    /// Three steps in a row failed, or loading did; nothing is accepted.
+    Failed,
+}
+
+/// How much the engine takes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Token budget of a step, decodes and prefill together.
+    pub max_rows: usize,
+    /// Sequences in the running batch; at most `max_rows`.
+    pub max_running: usize,
+    /// Sequences that wait, over all tasks.
+    pub max_waiting: usize,
+    /// Most rows of one sequence in a step, so that a long prompt delays the others' tokens little.
+    pub prefill_chunk: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { max_rows: 512, max_running: 256, max_waiting: 2048, prefill_chunk: 256 }
+    }
+}
