@@ -21,3 +21,4 @@ pub mod telemetry;
 pub mod engine;
 pub mod kernels;
 pub mod model;
+pub mod text;

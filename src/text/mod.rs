@@ -1,0 +1,22 @@
+//! Text to tokens and back.
+//!
+//! Owns the tokenizer, the incremental decoder, the prompt templates and what a control's value
+//! becomes in a prompt. Knows no sockets, no sequences and no weights.
+//!
+//! One invariant rules here: *trusted* text (a template's literals, control tokens) may name special
+//! tokens, a user's text never does. The two are kept apart as [`Segment`]s until they are ids.
+
+mod controls;
+mod decode;
+mod encode;
+mod prompt;
+mod template;
+
+pub use controls::resolve_controls;
+pub use decode::{Incremental, Piece};
+pub use encode::{LoadError, Tokenizer};
+pub use prompt::{Prompt, Prompts};
+pub use template::{Segment, Template};
+
+#[cfg(test)]
+pub(crate) mod fixture;
