@@ -22,3 +22,4 @@ pub mod engine;
 pub mod kernels;
 pub mod model;
 pub mod text;
+pub mod train;
