@@ -11,6 +11,7 @@
 //! (the schedule / run / apply step), [`model::step`] and [`model::decoder`] (what a step computes),
 //! [`kernels`] (how), [`train`] (where the weights come from).
 
+pub mod config;
 pub mod error;
 pub mod ids;
 pub mod metrics;
@@ -18,6 +19,7 @@ pub mod request;
 pub mod task;
 pub mod telemetry;
 
+pub mod bundle;
 pub mod engine;
 pub mod kernels;
 pub mod model;

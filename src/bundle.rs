@@ -1,0 +1,180 @@
+//! A bundle from its folder, as far as it can be read, with all its faults; and an engine that runs it.
+//!
+//! Every command that takes a bundle opens it here, so that all of them accept and refuse the same.
+
+use crate::config::{Dtype, bundle_id};
+use crate::engine::{self, EngineHandle, Settings};
+use crate::kernels::Precision;
+use crate::metrics::Metrics;
+use crate::model::{self, LoadOptions, Spec, Weights};
+use crate::task::TaskTable;
+use crate::text::{Prompts, Tokenizer};
+use anyhow::{Result, bail};
+use candle_core::DType;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// The token that ends a text, where `config.json` names none.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// What could be read of a bundle.
+pub struct Parts {
+    /// What clients call it.
+    pub id: String,
+    /// Its weights, mapped.
+    pub weights: Option<Weights>,
+    /// Its tokenizer.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Its tasks.
+    pub tasks: Option<TaskTable>,
+    /// Its compiled prompts.
+    pub prompts: Option<Prompts>,
+    /// Everything that is wrong with it.
+    pub faults: Vec<String>,
+}
+
+/// A bundle without faults.
+pub struct Bundle {
+    /// Its folder.
+    pub path: PathBuf,
+    /// What clients call it.
+    pub id: String,
+    /// Its model's shape.
+    pub spec: Spec,
+    /// What its file holds.
+    pub stored: DType,
+    /// Its tasks; the last is the bundle itself.
+    pub tasks: TaskTable,
+    /// Its compiled prompts.
+    pub prompts: Prompts,
+}
+
+impl Parts {
+    /// Reads whatever is readable in the folder `path`; `name` is what clients call the bundle.
+    pub fn read(path: &Path, name: Option<&str>) -> Self {
+        let id = bundle_id(path, name);
+        let mut faults = Vec::new();
+        let mut keep = |more: Vec<String>| faults.extend(more);
+        let weights = Weights::open(path).map_err(|f| keep(f.0)).ok();
+        let tokenizer = Tokenizer::load(path.join("tokenizer.json"));
+        let tokenizer = tokenizer.map_err(|e| keep(vec![e.to_string()])).ok().map(Arc::new);
+        let tasks = TaskTable::load(path, &id).map_err(&mut keep).ok();
+        let prompts = match (&tasks, &tokenizer) {
+            (Some(tasks), Some(tokenizer)) => {
+                Prompts::new(tasks, tokenizer.clone()).map_err(&mut keep).ok()
+            }
+            _ => None,
+        };
+        if let (Some(weights), Some(tokenizer)) = (&weights, &tokenizer) {
+            keep(mismatches(weights.spec(), tokenizer));
+        }
+        Self { id, weights, tokenizer, tasks, prompts, faults }
+    }
+}
+
+/// Where model and tokenizer do not fit together.
+fn mismatches(spec: &Spec, tokenizer: &Tokenizer) -> Vec<String> {
+    let mut faults = Vec::new();
+    if tokenizer.vocab_size() > spec.vocab {
+        faults.push(format!(
+            "tokenizer.json: ids up to {}, but config.json: vocab_size is {}",
+            tokenizer.vocab_size() - 1,
+            spec.vocab
+        ));
+    }
+    faults
+}
+
+impl Bundle {
+    /// Reads the bundle in the folder `path`; the error lists all its faults.
+    pub fn open(path: &Path, name: Option<&str>) -> Result<Self> {
+        if !path.is_dir() {
+            bail!("{}: no such folder", path.display());
+        }
+        match Parts::read(path, name) {
+            Parts {
+                id,
+                weights: Some(weights),
+                tasks: Some(tasks),
+                prompts: Some(prompts),
+                faults,
+                ..
+            } if faults.is_empty() => {
+                let (spec, stored) = (weights.spec().clone(), weights.dtype());
+                Ok(Self { path: path.into(), id, spec, stored, tasks, prompts })
+            }
+            parts => bail!("{} cannot be used:\n  {}", path.display(), parts.faults.join("\n  ")),
+        }
+    }
+
+    /// The token that ends its texts: what `config.json` says, else what GPT-2 calls it.
+    pub fn end_of_text(&self) -> Option<u32> {
+        self.spec.eos.or_else(|| self.prompts.tokenizer().token_id(END_OF_TEXT))
+    }
+
+    /// Starts an engine for it.
+    pub fn start(
+        &self,
+        options: LoadOptions,
+        settings: Settings,
+        metrics: Arc<Metrics>,
+    ) -> (EngineHandle, JoinHandle<()>) {
+        let path = self.path.clone();
+        let build = move || model::load(&path, &options).map_err(|faults| faults.into());
+        engine::start(build, &self.tasks, settings, metrics)
+    }
+
+    /// What the weights are held in, in a word.
+    pub fn held_as(&self, dtype: Dtype) -> &'static str {
+        match self.precision(dtype) {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+
+    /// Bytes of keys and values that one token takes.
+    pub fn kv_bytes_per_token(&self, dtype: Dtype, block_size: usize) -> usize {
+        model::kv_shape(&self.spec, block_size, self.precision(dtype)).bytes_per_position()
+    }
+
+    fn precision(&self, dtype: Dtype) -> Precision {
+        model::precision(dtype, self.stored)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// The golden model with another end of text in its config.json.
+    fn bundle(eos: Value) -> Result<Bundle> {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gpt2-tiny");
+        let dir = tempfile::tempdir()?;
+        for file in ["model.safetensors", "tokenizer.json"] {
+            std::fs::copy(golden.join(file), dir.path().join(file))?;
+        }
+        let config = std::fs::read(golden.join("config.json"))?;
+        let mut config: Value = serde_json::from_slice(&config)?;
+        config["eos_token_id"] = eos;
+        std::fs::write(dir.path().join("config.json"), config.to_string())?;
+        Bundle::open(dir.path(), None)
+    }
+
+    #[test]
+    fn the_end_of_text_is_what_the_config_says_else_what_gpt2_calls_it() {
+        for (eos, id) in [(json!(7), 7), (json!([9, 0]), 9), (Value::Null, 0)] {
+            assert_eq!(bundle(eos).unwrap().end_of_text(), Some(id));
+        }
+        assert!(bundle(json!(512)).is_err());
+    }
+
+    #[test]
+    fn keys_and_values_take_what_they_are_held_in() {
+        let bundle = bundle(Value::Null).unwrap();
+        // 3 layers of 64 numbers, twice.
+        assert_eq!(bundle.kv_bytes_per_token(Dtype::Auto, 16), 2 * 3 * 64 * 4);
+        assert_eq!(bundle.kv_bytes_per_token(Dtype::Bf16, 16), 2 * 3 * 64 * 2);
+    }
+}
