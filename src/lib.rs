@@ -19,6 +19,7 @@ pub mod request;
 pub mod task;
 pub mod telemetry;
 
+pub mod api;
 pub mod bundle;
 pub mod engine;
 pub mod kernels;

@@ -1,0 +1,130 @@
+//! What comes before a body is understood: the request's id, its deadlines, its bytes.
+
+use super::fields::Fields;
+use super::http::Limits;
+use crate::error::{Error, Kind, Result};
+use crate::ids::random;
+use crate::telemetry::now;
+use axum::body::Body;
+use axum::http::{HeaderMap, HeaderValue, header};
+use http_body_util::BodyExt;
+use std::time::{Duration, Instant};
+
+/// The header of a request's id, in and out.
+pub const REQUEST_ID: &str = "x-request-id";
+const TIMEOUT: &str = "x-request-timeout-ms";
+const FIRST_TOKEN_TIMEOUT: &str = "x-llm-d-slo-ttft-ms";
+
+/// How many bytes beyond the limit are read before the connection is given up.
+const MAX_THROWN_AWAY: usize = 64 << 20;
+
+/// The longest time limit that means anything: a day.
+const MAX_TIMEOUT_MS: f64 = 86_400_000.0;
+
+/// A request's identity, from its arrival on.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// `x-request-id`: the client's, if it is fit to be logged and sent back, else a new one.
+    pub id: HeaderValue,
+    /// When its head arrived.
+    pub arrived: Instant,
+}
+
+impl Identity {
+    /// The identity of a request with these headers.
+    pub fn of(headers: &HeaderMap) -> Self {
+        let fit = |id: &&HeaderValue| {
+            let id = id.as_bytes();
+            let allowed = |b: &u8| b.is_ascii_alphanumeric() || b"-_.:/+=".contains(b);
+            (1..=128).contains(&id.len()) && id.iter().all(allowed)
+        };
+        let id = headers.get(REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
+            HeaderValue::from_str(&format!("{:016x}{:016x}", random(), random()))
+                .expect("hexadecimal digits are a header value")
+        });
+        Self { id, arrived: now() }
+    }
+}
+
+/// What is known of a request before its body is read.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// `x-request-id`, given or made.
+    pub id: String,
+    /// When its head arrived.
+    pub arrived: Instant,
+    /// `x-request-timeout-ms`.
+    pub timeout: Option<Duration>,
+    /// `x-llm-d-slo-ttft-ms`.
+    pub first_token_timeout: Option<Duration>,
+}
+
+impl Call {
+    /// What the head of a request says.
+    pub fn new(identity: &Identity, headers: &HeaderMap) -> Result<Self> {
+        Ok(Self {
+            id: String::from_utf8_lossy(identity.id.as_bytes()).into_owned(),
+            arrived: identity.arrived,
+            timeout: duration(headers, TIMEOUT)?,
+            first_token_timeout: duration(headers, FIRST_TOKEN_TIMEOUT)?,
+        })
+    }
+}
+
+fn duration(headers: &HeaderMap, name: &str) -> Result<Option<Duration>> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    let ms =
+        value.to_str().ok().and_then(|v| v.trim().parse().ok()).ok_or_else(|| {
+            Error::invalid(name, format!("{name} must be a number of milliseconds"))
+        })?;
+    milliseconds(name, ms).map(Some)
+}
+
+/// A time limit as clients give it, in milliseconds.
+pub fn milliseconds(name: &str, ms: f64) -> Result<Duration> {
+    if ms > 0.0 && ms <= MAX_TIMEOUT_MS {
+        return Ok(Duration::from_secs_f64(ms / 1000.0));
+    }
+    let message = format!("{name} is {ms}; allowed: above 0, up to {MAX_TIMEOUT_MS} milliseconds");
+    Err(Error::new(Kind::Invalid, message).with_param(name))
+}
+
+/// Reads a body within the limits of bytes and time.
+pub async fn read_body(body: Body, limits: &Limits) -> Result<Vec<u8>> {
+    let bytes = tokio::time::timeout(limits.body_timeout, read(body, limits.max_body_bytes));
+    bytes.await.map_err(|_| {
+        let message = format!("the body took longer than {:?}", limits.body_timeout);
+        Error::new(Kind::RequestTimeout, message)
+    })?
+}
+
+/// The fields of a body that says of itself that it is JSON.
+pub fn json_fields(headers: &HeaderMap, body: &[u8]) -> Result<Fields> {
+    let media = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");
+    let media = media.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    if media != "application/json" && !(media.contains('/') && media.ends_with("+json")) {
+        let message = "the body must have the content type application/json";
+        return Err(Error::new(Kind::MediaType, message));
+    }
+    Fields::parse(body)
+}
+
+/// Collects a body. One that is too large is read on and thrown away: a client that is still writing
+/// would not hear the answer.
+async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>> {
+    let (mut bytes, mut length) = (Vec::new(), 0);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Error::new(Kind::Invalid, "the body ended early"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        length += data.len();
+        if length <= limit {
+            bytes.extend_from_slice(&data);
+        } else if length - limit > MAX_THROWN_AWAY {
+            break;
+        }
+    }
+    if length > limit {
+        return Err(Error::new(Kind::TooLarge, format!("the body has more than {limit} bytes")));
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,161 @@
+//! The prompts of one request, from text or token ids to what the engine is given. Refuses what cannot
+//! fit the context, as early as that is known.
+//!
+//! Much text is encoded on threads of its own, of which there are few: neither sockets nor compute
+//! wait for it.
+
+use crate::engine::Capacity;
+use crate::error::{Error, Kind, Result};
+use crate::request::{Input, Request};
+use crate::task::Task;
+use crate::text::{Prompt, Prompts, Tokenizer, resolve_controls};
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// Requests with more bytes of prompts than this are encoded off the threads that serve sockets.
+const LONG_INPUT: usize = 1 << 14;
+
+/// How many such requests are encoded at once.
+const LONG_INPUTS_AT_ONCE: usize = 2;
+
+/// Encodes the prompts of requests.
+pub struct Encoder {
+    shared: Arc<Shared>,
+    long_inputs: Arc<Semaphore>,
+}
+
+struct Shared {
+    prompts: Prompts,
+    /// The token that ends a text, and stands for an empty prompt.
+    end_of_text: Option<u32>,
+    /// Bytes of the longest token: no text can be encoded in fewer than its bytes over these.
+    longest_token: usize,
+}
+
+impl Encoder {
+    /// An encoder with these templates, for a model whose texts end with `end_of_text`.
+    pub fn new(prompts: Prompts, end_of_text: Option<u32>) -> Self {
+        let tokenizer = prompts.tokenizer();
+        let ids = 0..tokenizer.vocab_size() as u32;
+        let shared = Shared {
+            end_of_text,
+            longest_token: ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0),
+            prompts,
+        };
+        let long_inputs = Arc::new(Semaphore::new(LONG_INPUTS_AT_ONCE));
+        Self { shared: Arc::new(shared), long_inputs }
+    }
+
+    /// The tokenizer of all prompts.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        self.shared.prompts.tokenizer()
+    }
+
+    /// The token that ends a text.
+    pub fn end_of_text(&self) -> Option<u32> {
+        self.shared.end_of_text
+    }
+
+    /// The prompts of `request`, in its order, none of them empty. Token ids are for `raw` tasks only.
+    pub async fn encode(
+        &self,
+        task: &Task,
+        raw: bool,
+        request: &Request,
+        capacity: Capacity,
+    ) -> Result<Vec<Prompt>> {
+        let size = |input: &Input| match input {
+            Input::Text(text) => text.len(),
+            Input::Tokens(ids) => size_of_val(ids.as_slice()),
+        };
+        if request.inputs.iter().map(size).sum::<usize>() <= LONG_INPUT {
+            return self.shared.encode(task, raw, request, capacity);
+        }
+        self.shared.check_sizes(request, capacity)?;
+        let permit = self.long_inputs.clone().acquire_owned().await;
+        let (shared, task, request) = (self.shared.clone(), task.clone(), request.clone());
+        let encode = move || {
+            // Held to the end of the work, even if nobody waits for it any more.
+            let _permit = permit;
+            shared.encode(&task, raw, &request, capacity)
+        };
+        let encoded = tokio::task::spawn_blocking(encode).await;
+        encoded.map_err(|e| Error::internal("a prompt was not encoded", e))?
+    }
+}
+
+impl Shared {
+    /// Refuses texts that are too long however they are encoded.
+    fn check_sizes(&self, request: &Request, capacity: Capacity) -> Result<()> {
+        let most = capacity.context.saturating_mul(self.longest_token);
+        for input in &request.inputs {
+            if let Input::Text(text) = input
+                && text.len() > most
+            {
+                let message = format!(
+                    "the prompt has {} bytes, which cannot fit a context of {} tokens",
+                    text.len(),
+                    capacity.context
+                );
+                return Err(Error::new(Kind::ContextLength, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn encode(
+        &self,
+        task: &Task,
+        raw: bool,
+        request: &Request,
+        capacity: Capacity,
+    ) -> Result<Vec<Prompt>> {
+        let encode = |input: &Input| {
+            let mut prompt = match input {
+                Input::Tokens(ids) => self.given_tokens(task, raw, request, ids, capacity)?,
+                Input::Text(text) => self.prompts.encode(task, text, &request.controls)?,
+            };
+            if prompt.tokens.is_empty() {
+                let empty = || Error::invalid("prompt", "the prompt is empty");
+                prompt.tokens.push(self.end_of_text.ok_or_else(empty)?);
+                prompt.text = self.prompts.tokenizer().decode(&prompt.tokens);
+            }
+            fits(prompt.tokens.len(), 0, capacity.context)?;
+            Ok(prompt)
+        };
+        // The first prompt that does not fit ends the work.
+        request.inputs.iter().map(encode).collect()
+    }
+
+    fn given_tokens(
+        &self,
+        task: &Task,
+        raw: bool,
+        request: &Request,
+        ids: &[u32],
+        capacity: Capacity,
+    ) -> Result<Prompt> {
+        if !raw {
+            let message = format!("{} is a task: its prompt must be text, not tokens", task.name);
+            return Err(Error::invalid("prompt", message));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= capacity.vocab) {
+            let message = format!("prompt has token {id}; ids are below {}", capacity.vocab);
+            return Err(Error::invalid("prompt", message));
+        }
+        // Controls mean nothing to raw tokens; resolving them refuses whatever was given.
+        resolve_controls(task, &request.controls)?;
+        Ok(Prompt { text: self.prompts.tokenizer().decode(ids), tokens: ids.to_vec() })
+    }
+}
+
+/// Refuses a prompt of `length` tokens that leaves less than `least` of the context.
+pub fn fits(length: usize, least: usize, context: usize) -> Result<()> {
+    if length + least <= context {
+        return Ok(());
+    }
+    let message = format!(
+        "the prompt has {length} tokens, which leaves no room in a context of {context} tokens"
+    );
+    Err(Error::new(Kind::ContextLength, message).with_param("prompt"))
+}

@@ -1,0 +1,223 @@
+//! Routes and handlers. A handler reads, asks [`Service`] and writes; it decides nothing.
+
+use super::call::{Call, Identity, json_fields, read_body};
+use super::reply::{Dialect, Writer};
+use super::respond::json;
+use super::wire::{self, Asked};
+use super::{Service, health, listing, observe, sse};
+use crate::error::{Error, Kind, Result};
+use crate::request::Timing;
+use axum::body::Body;
+use axum::extract::rejection::PathRejection;
+use axum::extract::{Extension, Path, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Router, middleware};
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Duration;
+use tower_http::catch_panic::CatchPanicLayer;
+
+/// When to come back to a replica that has no connection left.
+const RETRY_FULL: Duration = Duration::from_secs(1);
+
+/// What clients may cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Largest body.
+    pub max_body_bytes: usize,
+    /// Longest time for the head, and again for the body, to arrive.
+    pub body_timeout: Duration,
+    /// Silence on a stream after which a comment is sent.
+    pub keep_alive: Duration,
+    /// How long a client may take nothing of what is written to it.
+    pub write_timeout: Duration,
+    /// Connections at once; those beyond it are told to come back.
+    pub max_connections: usize,
+    /// How long connections that wait for no answer may take to end when the server does.
+    pub closing_grace: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 2 << 20,
+            body_timeout: Duration::from_secs(30),
+            keep_alive: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(30),
+            max_connections: 1024,
+            closing_grace: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What all handlers share.
+pub struct App {
+    /// The one path of a request.
+    pub service: Service,
+    /// What clients may cost.
+    pub limits: Limits,
+    /// The bundle's id.
+    pub bundle: Arc<str>,
+    /// What the weights are held in, for `/info`.
+    pub dtype: String,
+    /// When the server started, in seconds since 1970.
+    pub created: u64,
+}
+
+/// A path that was taken apart by us, so that its complaint has our shape.
+type Segment = Result<Path<String>, PathRejection>;
+
+impl App {
+    /// An app whose bundle's id is the name of the last task.
+    pub fn new(service: Service, limits: Limits, dtype: impl Into<String>) -> Self {
+        let bundle = service.tasks().iter().last().map_or("", |task| task.name.as_str()).into();
+        Self { service, limits, bundle, dtype: dtype.into(), created: super::reply::unix_time() }
+    }
+
+    /// The routes.
+    pub fn router(self: Arc<Self>) -> Router {
+        Router::new()
+            .route("/v1/completions", post(completions))
+            .route("/v1/models", get(listing::models))
+            .route("/v1/models/{id}", get(listing::model))
+            .route("/v1/tasks", get(listing::tasks))
+            .route("/v1/tasks/{task}/generate", post(generate))
+            .route("/info", get(listing::info))
+            .route("/livez", get(health::live))
+            .route("/readyz", get(health::ready))
+            .route("/health", get(health::ready))
+            .route("/startupz", get(health::started))
+            .route("/metrics", get(metrics))
+            .fallback(not_found)
+            .method_not_allowed_fallback(method_not_allowed)
+            .layer(CatchPanicLayer::custom(panicked))
+            .layer(middleware::from_fn(observe::observe))
+            .with_state(self)
+    }
+
+    /// The routes of a connection beyond the limit: it lives, and everything else is refused.
+    pub fn full_router(self: Arc<Self>) -> Router {
+        Router::new()
+            .route("/livez", get(health::live))
+            .fallback(full)
+            .layer(middleware::from_fn(observe::observe))
+            .with_state(self)
+    }
+
+    // The body is read before anything is refused: a client that is still writing would not hear it.
+
+    async fn completion(&self, head: Head, body: Body) -> Result<Asked> {
+        let body = read_body(body, &self.limits).await?;
+        let call = Call::new(&head.0, &head.1)?;
+        wire::completion(json_fields(&head.1, &body)?, &call)
+    }
+
+    async fn native(&self, task: Segment, head: Head, body: Body) -> Result<Asked> {
+        let body = read_body(body, &self.limits).await?;
+        let call = Call::new(&head.0, &head.1)?;
+        wire::native(json_fields(&head.1, &body)?, segment(task)?, &call)
+    }
+
+    /// Answers what was asked; a request that could not be understood is counted here.
+    async fn answer(&self, asked: Result<Asked>, dialect: Dialect) -> Result<Response> {
+        let asked = asked.inspect_err(|error| self.service.count_refused(error))?;
+        let ticket = self.service.submit(asked.request).await.map_err(|e| dialect.name(e))?;
+        let include_usage = asked.delivery.include_usage;
+        let writer = Writer::new(dialect, &ticket, self.bundle.clone(), include_usage);
+        if asked.delivery.stream {
+            return Ok(sse::respond(ticket, writer, self.limits.keep_alive));
+        }
+        let reply = ticket.collect().await?;
+        let mut response = json(StatusCode::OK, writer.whole(&reply));
+        response.headers_mut().insert("server-timing", server_timing(&reply.timing));
+        Ok(response)
+    }
+}
+
+/// A request's identity and headers.
+struct Head(Identity, HeaderMap);
+
+async fn completions(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response> {
+    let asked = app.completion(Head(identity, headers), body).await;
+    app.answer(asked, Dialect::Completion).await
+}
+
+async fn generate(
+    State(app): State<Arc<App>>,
+    Extension(identity): Extension<Identity>,
+    task: Segment,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response> {
+    let asked = app.native(task, Head(identity, headers), body).await;
+    app.answer(asked, Dialect::Native).await
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    let text = app.service.metrics().render();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+}
+
+async fn full(State(app): State<Arc<App>>, body: Body) -> Error {
+    let error = Error::new(Kind::Unavailable, "too many connections").with_retry_after(RETRY_FULL);
+    app.service.count_refused(&error);
+    // What it holds does not matter.
+    let _ = read_body(body, &app.limits).await;
+    error
+}
+
+async fn not_found() -> Error {
+    Error::not_found("no such route").with_code("route_not_found")
+}
+
+async fn method_not_allowed() -> Error {
+    Error::new(Kind::MethodNotAllowed, "the route does not take this method")
+}
+
+/// A path's one parameter.
+pub fn segment(path: Segment) -> Result<String> {
+    path.map(|Path(name)| name).map_err(|e| Error::new(Kind::Invalid, e.body_text()))
+}
+
+fn panicked(cause: Box<dyn Any + Send>) -> Response {
+    let text = cause.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| cause.downcast_ref::<&str>().map(|s| (*s).to_string()));
+    Error::internal("a handler panicked", text.unwrap_or_default()).into_response()
+}
+
+fn server_timing(timing: &Timing) -> HeaderValue {
+    let ms = |d: Duration| d.as_secs_f64() * 1000.0;
+    let (queue, prefill, decode) = (ms(timing.queue), ms(timing.prefill), ms(timing.decode));
+    let text = format!("queue;dur={queue:.3}, prefill;dur={prefill:.3}, decode;dur={decode:.3}");
+    HeaderValue::from_str(&text).expect("numbers and ascii letters are a header value")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::extract::Request;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    async fn panics() -> Error {
+        panic!("a secret")
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_internal_error_with_our_body() {
+        let router: Router =
+            Router::new().route("/", get(panics)).layer(CatchPanicLayer::custom(panicked));
+        let response = router.oneshot(Request::new(Body::empty())).await.unwrap();
+        assert_eq!(response.status(), 500);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let body = String::from_utf8(body.to_vec()).unwrap();
+        assert!(body.contains(r#""type":"server_error""#) && !body.contains("secret"), "{body}");
+    }
+}

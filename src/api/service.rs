@@ -1,0 +1,299 @@
+//! The one path of a request, whichever wire it came by: gate, task, parameters, prompt, admission,
+//! engine. What comes back is a [`Ticket`]; everything that can be refused is refused before it.
+//!
+//! Knows no sockets and no JSON bodies. Holds no lock.
+
+use super::encode::{Encoder, fits};
+use super::ticket::{Echo, InFlight, Source, Terms, Ticket};
+use crate::engine::{Capacity, EngineHandle, Job, State};
+use crate::error::{Error, Kind, Result};
+use crate::ids::random;
+use crate::metrics::{Metrics, RequestMeter};
+use crate::request::{Params, Request};
+use crate::task::{Task, TaskTable};
+use crate::telemetry::now;
+use crate::text::{Prompt, Prompts};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// The most texts that one request may ask for, over all its prompts.
+const MAX_CHOICES: usize = 1024;
+
+/// When to come back to a replica that is loading or draining.
+const RETRY_UNAVAILABLE: Duration = Duration::from_secs(2);
+
+/// Everything that a request needs.
+pub struct Service {
+    tasks: Arc<TaskTable>,
+    encoder: Encoder,
+    engine: EngineHandle,
+    metrics: Arc<Metrics>,
+    /// Tickets that are not dropped yet.
+    in_flight: watch::Sender<usize>,
+}
+
+/// How long a text may get.
+struct Lengths {
+    max_new: u32,
+    min_new: u32,
+}
+
+impl Service {
+    /// A service of these tasks; the last is the bundle itself. `end_of_text` ends its texts.
+    pub fn new(
+        tasks: Arc<TaskTable>,
+        prompts: Prompts,
+        end_of_text: Option<u32>,
+        engine: EngineHandle,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let in_flight = watch::Sender::new(0);
+        Self { tasks, encoder: Encoder::new(prompts, end_of_text), engine, metrics, in_flight }
+    }
+
+    /// Returns when no request is being worked on.
+    pub async fn idle(&self) {
+        let mut count = self.in_flight.subscribe();
+        // The sender is ours, so that waiting cannot fail.
+        let _ = count.wait_for(|n| *n == 0).await;
+    }
+
+    /// The tasks; the last is the bundle itself.
+    pub fn tasks(&self) -> &TaskTable {
+        &self.tasks
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &EngineHandle {
+        &self.engine
+    }
+
+    /// The metrics.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// Hands a request to the engine; all that can be wrong with it is known when this returns.
+    pub async fn submit(&self, request: Request) -> Result<Ticket> {
+        let mut meter = RequestMeter::new(self.metrics.clone(), request.arrived);
+        match self.admit(request, &mut meter).await {
+            Ok((terms, sources)) => Ok(Ticket::new(terms, sources, meter)),
+            Err(error) => {
+                meter.end(error.kind.row().outcome);
+                let nameless = error.kind == Kind::ContextLength && error.param.is_none();
+                Err(if nameless { error.with_param("prompt") } else { error })
+            }
+        }
+    }
+
+    /// Counts a request that was refused before it could be understood.
+    pub fn count_refused(&self, error: &Error) {
+        self.metrics.count_request(None, error.kind.row().outcome);
+    }
+
+    /// Refuses work while it cannot be done.
+    pub fn check_ready(&self) -> Result<Capacity> {
+        let why = match (self.engine.state(), self.engine.capacity()) {
+            (State::Ready, Some(capacity)) => return Ok(capacity),
+            (State::Ready | State::Loading, _) => "the model is loading",
+            (State::Draining, _) => "the server is shutting down",
+            (State::Failed, _) => "the engine has failed",
+        };
+        Err(Error::new(Kind::Unavailable, why).with_retry_after(RETRY_UNAVAILABLE))
+    }
+
+    async fn admit(
+        &self,
+        request: Request,
+        meter: &mut RequestMeter,
+    ) -> Result<(Terms, Vec<Source>)> {
+        let task = self.find(&request.model)?;
+        meter.task(task, &request.controls);
+        let capacity = self.check_ready()?;
+        let params = merged(&request.params, task);
+        params.check()?;
+        self.check_ids(&params, &capacity)?;
+        let n = params.n.unwrap_or(1) as usize;
+        self.check_choices(n, request.inputs.len(), task)?;
+        let prompts = self.encode(task, &request, capacity).await?;
+        let (jobs, echoes): (Vec<Job>, Vec<_>) =
+            self.jobs(task, &request, &params, prompts, &capacity)?.into_iter().unzip();
+        let prompt_tokens = jobs.iter().step_by(n).map(|job| job.tokens.len() as u32).sum();
+        let most: Vec<u32> = jobs.iter().map(|job| job.max_new).collect();
+        let events = self.engine.submit_all(jobs)?;
+        let sources = std::iter::zip(events, std::iter::zip(most, echoes))
+            .map(|(events, (max_new, echo))| Source { events, max_new, echo })
+            .collect();
+        let terms = Terms {
+            id: request.id,
+            model: request.model,
+            tokenizer: self.encoder.tokenizer().clone(),
+            stop: params.stop.unwrap_or_default(),
+            logprobs: params.logprobs.is_some(),
+            prompt_tokens,
+            deadline: request.deadline,
+            first_token_deadline: request.first_token_deadline,
+            in_flight: InFlight::new(&self.in_flight),
+        };
+        Ok((terms, sources))
+    }
+
+    /// The task of this name.
+    pub fn find(&self, name: &str) -> Result<&Task> {
+        self.tasks.find(name).ok_or_else(|| {
+            let shown: String = name.chars().take(64).collect();
+            let message = format!("no model or task named {shown:?}; see /v1/models");
+            Error::not_found(message).with_param("model").with_code("model_not_found")
+        })
+    }
+
+    /// Whether the task is the bundle itself, whose prompts are raw text.
+    pub fn is_bundle(&self, task: &Task) -> bool {
+        usize::from(task.id.0) + 1 == self.tasks.iter().count()
+    }
+
+    fn check_ids(&self, params: &Params, capacity: &Capacity) -> Result<()> {
+        match params.logit_bias.iter().flatten().find(|(id, _)| **id as usize >= capacity.vocab) {
+            None => Ok(()),
+            Some((id, _)) => {
+                let message =
+                    format!("logit_bias names token {id}; ids are below {}", capacity.vocab);
+                Err(Error::invalid("logit_bias", message))
+            }
+        }
+    }
+
+    /// Refuses more texts than could ever wait at once: coming back would not help.
+    fn check_choices(&self, n: usize, prompts: usize, task: &Task) -> Result<()> {
+        let most = MAX_CHOICES.min(task.slo.max_waiting).min(self.engine.max_waiting());
+        let choices = n * prompts;
+        if choices <= most {
+            return Ok(());
+        }
+        let message = format!("{choices} texts are asked for; allowed: up to {most}");
+        Err(Error::invalid(if n == 1 { "prompt" } else { "n" }, message))
+    }
+
+    /// The prompts of a request, whose deadlines have not passed when this returns.
+    async fn encode(
+        &self,
+        task: &Task,
+        request: &Request,
+        capacity: Capacity,
+    ) -> Result<Vec<Prompt>> {
+        let prompts = self.encoder.encode(task, self.is_bundle(task), request, capacity);
+        let late = || Error::new(Kind::Deadline, "the request's deadline passed");
+        let Some(limit) = request.deadline.into_iter().chain(request.first_token_deadline).min()
+        else {
+            return prompts.await;
+        };
+        let prompts =
+            tokio::time::timeout_at(limit.into(), prompts).await.map_err(|_| late())??;
+        if now() < limit { Ok(prompts) } else { Err(late()) }
+    }
+
+    /// The jobs of a request, each with the prompt that begins its text, if that is wanted.
+    fn jobs(
+        &self,
+        task: &Task,
+        request: &Request,
+        params: &Params,
+        prompts: Vec<Prompt>,
+        capacity: &Capacity,
+    ) -> Result<Vec<(Job, Option<Arc<Echo>>)>> {
+        let sampling = Arc::new(params.sampling());
+        let seed = params.seed.map_or_else(random, |seed| seed as u64);
+        let ends = match self.encoder.end_of_text() {
+            Some(id) if !params.ignore_eos.unwrap_or(false) => vec![id],
+            _ => Vec::new(),
+        };
+        let stop_ids: Arc<[u32]> = ends.into();
+        let echoes = params.echo.unwrap_or(false);
+        // It is for the first token of the whole answer, so that the first job must keep it.
+        let mut first_token_deadline = request.first_token_deadline;
+        let mut jobs = Vec::new();
+        for prompt in prompts {
+            let length = prompt.tokens.len();
+            let lengths = lengths(task, request, params, length, capacity.context)?;
+            let echo =
+                echoes.then(|| Arc::new(Echo { text: prompt.text, tokens: prompt.tokens.clone() }));
+            for choice in 0..params.n.unwrap_or(1) {
+                let job = Job {
+                    task: task.id,
+                    tokens: prompt.tokens.clone(),
+                    sampling: sampling.clone(),
+                    seed: mix(seed, choice),
+                    max_new: lengths.max_new,
+                    min_new: lengths.min_new,
+                    stop_ids: stop_ids.clone(),
+                    score_prompt: params.logprobs.filter(|_| echoes),
+                    arrived: request.arrived,
+                    deadline: request.deadline,
+                    first_token_deadline: first_token_deadline.take(),
+                };
+                jobs.push((job, echo.clone()));
+            }
+        }
+        Ok(jobs)
+    }
+}
+
+/// What was asked for, over the task's defaults. A default of `min_tokens` gives way to a `max_tokens`
+/// that was asked for.
+fn merged(given: &Params, task: &Task) -> Params {
+    let mut params = given.clone().over(&task.defaults);
+    if let (None, Some(usual), Some(most)) = (given.min_tokens, params.min_tokens, given.max_tokens)
+    {
+        params.min_tokens = Some(usual.min(most));
+    }
+    params
+}
+
+/// How many tokens may follow a prompt of `length` tokens in a context of `context`.
+fn lengths(
+    task: &Task,
+    request: &Request,
+    params: &Params,
+    length: usize,
+    context: usize,
+) -> Result<Lengths> {
+    let given = request.params.max_tokens;
+    let least = usize::from(params.max_tokens != Some(0));
+    fits(length, least, context)?;
+    let left = (context - length) as u32;
+    if let Some(given) = given
+        && given > left
+    {
+        let message = format!(
+            "the prompt has {length} tokens and max_tokens is {given}; together they may have \
+             {context} tokens"
+        );
+        return Err(Error::new(Kind::ContextLength, message).with_param("max_tokens"));
+    }
+    let limit = task.limits.max_tokens.unwrap_or(u32::MAX);
+    if let Some(given) = given
+        && given > limit
+    {
+        let message = format!("max_tokens is {given}; {} allows up to {limit}", task.name);
+        return Err(Error::invalid("max_tokens", message));
+    }
+    let usual = params.max_tokens.or(request.usual_max_tokens).unwrap_or(left);
+    let max_new = usual.min(left).min(limit);
+    if let Some(given) = request.params.min_tokens
+        && given > max_new
+    {
+        let message = format!("min_tokens is {given}, but at most {max_new} tokens fit");
+        return Err(Error::invalid("min_tokens", message));
+    }
+    Ok(Lengths { max_new, min_new: params.min_tokens.unwrap_or(0).min(max_new) })
+}
+
+/// The seed of choice `choice` (SplitMix64's finaliser): the first choice of a request with a seed is
+/// the same whether or not there are others.
+fn mix(seed: u64, choice: u32) -> u64 {
+    let mut z = seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}

@@ -1,0 +1,372 @@
+//! The shell's half of one request: the choices that the engine works on, merged into one sequence of
+//! [`Chunk`]s of text.
+//!
+//! Owns decoding, stop strings, usage and the request's metrics. A ticket is not `Clone`: dropping it
+//! closes its receivers, which *is* cancellation, and records the request exactly once. Every generated
+//! token gives exactly one chunk; the last one of a choice carries its finish reason.
+
+use super::logprobs::{Logprobs, Scribe};
+use crate::engine::Event;
+use crate::error::{Error, Kind, Result};
+use crate::metrics::RequestMeter;
+use crate::request::{Finish, Timing, Usage};
+use crate::text::{Incremental, Tokenizer};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+use tokio::sync::{mpsc, watch};
+
+/// News of one choice.
+#[derive(Debug, PartialEq)]
+pub struct Chunk {
+    /// Which choice.
+    pub index: usize,
+    /// More of its text; empty while a character or a possible stop string is incomplete.
+    pub text: String,
+    /// If asked for.
+    pub logprobs: Option<Logprobs>,
+    /// Only in the choice's last chunk.
+    pub end: Option<End>,
+}
+
+/// How a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Why.
+    pub finish: Finish,
+    /// Words of the whole generated text, split at Unicode white space.
+    pub words: u32,
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Reply {
+    /// By index.
+    pub choices: Vec<Choice>,
+    /// Over all choices.
+    pub usage: Usage,
+    /// The slowest choice's.
+    pub timing: Timing,
+}
+
+/// One whole text.
+#[derive(Debug)]
+pub struct Choice {
+    /// The prompt, if it was to be echoed, and what was generated.
+    pub text: String,
+    /// If asked for.
+    pub logprobs: Option<Logprobs>,
+    /// How it ended.
+    pub end: End,
+}
+
+/// What is to be known of a prompt after it was handed to the engine.
+pub struct Echo {
+    /// The prompt's text.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+}
+
+/// One choice that the engine works on.
+pub struct Source {
+    /// Where its events come from.
+    pub events: mpsc::Receiver<Event>,
+    /// The most tokens that it may have.
+    pub max_new: u32,
+    /// The prompt, if it begins the text.
+    pub echo: Option<Arc<Echo>>,
+}
+
+/// What all choices of a ticket share.
+pub struct Terms {
+    /// `x-request-id`.
+    pub id: String,
+    /// The task's name.
+    pub model: String,
+    /// Turns ids into bytes.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Strings that end a text.
+    pub stop: Vec<String>,
+    /// Whether chunks carry log-probabilities.
+    pub logprobs: bool,
+    /// Tokens of all prompts.
+    pub prompt_tokens: u32,
+    /// The whole answer must be out by then.
+    pub deadline: Option<Instant>,
+    /// Some token must be out by then.
+    pub first_token_deadline: Option<Instant>,
+    /// Held until the end.
+    pub in_flight: InFlight,
+}
+
+/// One ticket in the count of those that are not dropped yet.
+pub struct InFlight(watch::Sender<usize>);
+
+impl InFlight {
+    /// Counts one more, until it is dropped.
+    pub fn new(count: &watch::Sender<usize>) -> Self {
+        count.send_modify(|n| *n += 1);
+        Self(count.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n -= 1);
+    }
+}
+
+/// A request that the engine has accepted.
+pub struct Ticket {
+    terms: Terms,
+    running: Vec<Running>,
+    ready: VecDeque<Chunk>,
+    left: usize,
+    usage: Usage,
+    timing: Timing,
+    /// Whether some token is out.
+    answering: bool,
+    meter: RequestMeter,
+}
+
+struct Running {
+    /// `None` after the end.
+    events: Option<mpsc::Receiver<Event>>,
+    echo: Option<Arc<Echo>>,
+    decoder: Incremental,
+    scribe: Option<Scribe>,
+    words: Words,
+    tokens: u32,
+    max_new: u32,
+    /// The chunk of the last token, which waits for the finish reason.
+    last: Option<Chunk>,
+}
+
+impl Ticket {
+    /// A ticket for these choices.
+    pub fn new(terms: Terms, sources: Vec<Source>, meter: RequestMeter) -> Self {
+        let running: Vec<Running> = sources.into_iter().map(|s| Running::new(s, &terms)).collect();
+        let usage = Usage { prompt_tokens: terms.prompt_tokens, completion_tokens: 0 };
+        let mut ticket = Self {
+            left: running.len(),
+            running,
+            ready: VecDeque::new(),
+            usage,
+            timing: Timing::default(),
+            answering: false,
+            terms,
+            meter,
+        };
+        ticket.meter.prompt_tokens = Some(usage.prompt_tokens);
+        ticket.echo_texts();
+        ticket
+    }
+
+    /// `x-request-id`.
+    pub fn id(&self) -> &str {
+        &self.terms.id
+    }
+
+    /// The name that the client asked for.
+    pub fn model(&self) -> &str {
+        &self.terms.model
+    }
+
+    /// Tokens so far.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Whether all chunks are out.
+    pub fn is_over(&self) -> bool {
+        self.left == 0 && self.ready.is_empty()
+    }
+
+    /// The next chunk; `None` after the end of all choices. After an error there is nothing more.
+    pub async fn next(&mut self) -> Option<Result<Chunk>> {
+        let first = self.terms.first_token_deadline.filter(|_| !self.answering);
+        let limit = self.terms.deadline.into_iter().chain(first).min();
+        let chunk = poll_fn(|cx| self.poll_next(cx));
+        let next = match limit {
+            None => chunk.await,
+            Some(at) => tokio::time::timeout_at(at.into(), chunk).await.unwrap_or_else(|_| {
+                Some(Err(Error::new(Kind::Deadline, "the request's deadline passed")))
+            }),
+        };
+        if let Some(Err(error)) = &next {
+            self.meter.end(error.kind.row().outcome);
+            self.running.clear();
+            self.ready.clear();
+            self.left = 0;
+        }
+        next
+    }
+
+    /// All chunks, put together.
+    pub async fn collect(mut self) -> Result<Reply> {
+        let mut texts: Vec<(String, Option<Logprobs>, Option<End>)> =
+            self.running.iter().map(|_| (String::new(), None, None)).collect();
+        while let Some(chunk) = self.next().await {
+            let chunk = chunk?;
+            let (text, logprobs, end) = &mut texts[chunk.index];
+            text.push_str(&chunk.text);
+            match (logprobs, chunk.logprobs) {
+                (Some(all), Some(more)) => all.append(more),
+                (all, more) => *all = all.take().or(more),
+            }
+            *end = chunk.end;
+        }
+        let choices = texts
+            .into_iter()
+            .filter_map(|(text, logprobs, end)| end.map(|end| Choice { text, logprobs, end }));
+        Ok(Reply { choices: choices.collect(), usage: self.usage, timing: self.timing })
+    }
+
+    /// Prompts that are echoed without being scored are known at once.
+    fn echo_texts(&mut self) {
+        if self.terms.logprobs {
+            return;
+        }
+        for (index, choice) in self.running.iter_mut().enumerate() {
+            if let Some(echo) = choice.echo.take() {
+                let text = echo.text.clone();
+                self.ready.push_back(Chunk { index, text, logprobs: None, end: None });
+            }
+        }
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Chunk>>> {
+        if let Some(chunk) = self.ready.pop_front() {
+            return Poll::Ready(Some(Ok(chunk)));
+        }
+        for index in 0..self.running.len() {
+            while let Some(events) = &mut self.running[index].events {
+                let Poll::Ready(event) = events.poll_recv(cx) else { break };
+                let event = event.unwrap_or_else(|| {
+                    Event::Failed(Error::internal("a reply ended early", "the engine is gone"))
+                });
+                match self.take(index, event) {
+                    Ok(Some(chunk)) => self.ready.push_back(chunk),
+                    Ok(None) => {}
+                    Err(error) => return Poll::Ready(Some(Err(error))),
+                }
+            }
+        }
+        match self.ready.pop_front() {
+            Some(chunk) => Poll::Ready(Some(Ok(chunk))),
+            None if self.left == 0 => Poll::Ready(None),
+            None => Poll::Pending,
+        }
+    }
+
+    fn take(&mut self, index: usize, event: Event) -> Result<Option<Chunk>> {
+        let tokenizer = &self.terms.tokenizer;
+        let choice = &mut self.running[index];
+        let mut chunk = Chunk { index, text: String::new(), logprobs: None, end: None };
+        match event {
+            Event::Failed(error) => return Err(error),
+            Event::Prompt(scores) => {
+                let (Some(echo), Some(scribe)) = (choice.echo.take(), &mut choice.scribe) else {
+                    return Ok(None);
+                };
+                chunk.text.clone_from(&echo.text);
+                chunk.logprobs = Some(scribe.prompt(tokenizer, &echo.tokens, &scores));
+                return Ok(Some(chunk));
+            }
+            Event::Token { id, logprob, timing } => {
+                self.usage.completion_tokens += 1;
+                choice.tokens += 1;
+                self.answering = true;
+                self.meter.token();
+                // People are not shown special tokens; their chunks are empty.
+                let shown = !tokenizer.is_special(id);
+                let bytes = if shown { tokenizer.token_bytes(id) } else { &[] };
+                let piece = choice.decoder.push(bytes);
+                chunk.text = piece.text;
+                if let Some(scribe) = &mut choice.scribe {
+                    chunk.logprobs = Some(scribe.token(tokenizer, id, logprob.as_ref(), shown));
+                }
+                choice.words.read(&chunk.text);
+                if piece.stopped {
+                    self.end(index, &mut chunk, Finish::Stop, timing);
+                } else if choice.tokens == choice.max_new {
+                    choice.last = Some(chunk);
+                    return Ok(None);
+                }
+            }
+            Event::Done { finish, timing } => {
+                chunk = choice.last.take().unwrap_or(chunk);
+                let held = choice.decoder.finish();
+                choice.words.read(&held);
+                chunk.text.push_str(&held);
+                self.end(index, &mut chunk, finish, timing);
+            }
+        }
+        Ok(Some(chunk))
+    }
+
+    fn end(&mut self, index: usize, chunk: &mut Chunk, finish: Finish, timing: Timing) {
+        let choice = &mut self.running[index];
+        choice.events = None;
+        self.left -= 1;
+        let words = choice.words.count;
+        chunk.end = Some(End { finish, words });
+        self.meter.text(words);
+        if self.left == 0 {
+            self.meter.end("ok");
+        }
+        let slowest = &mut self.timing;
+        slowest.queue = slowest.queue.max(timing.queue);
+        slowest.prefill = slowest.prefill.max(timing.prefill);
+        slowest.decode = slowest.decode.max(timing.decode);
+    }
+}
+
+impl Running {
+    fn new(source: Source, terms: &Terms) -> Self {
+        Self {
+            events: Some(source.events),
+            echo: source.echo,
+            decoder: Incremental::new(&terms.stop),
+            scribe: terms.logprobs.then(Scribe::default),
+            words: Words::default(),
+            tokens: 0,
+            max_new: source.max_new,
+            last: None,
+        }
+    }
+}
+
+/// Counts words of a text that comes in pieces.
+#[derive(Default)]
+struct Words {
+    count: u32,
+    inside: bool,
+}
+
+impl Words {
+    fn read(&mut self, text: &str) {
+        for c in text.chars() {
+            let inside = !c.is_whitespace();
+            self.count += u32::from(inside && !self.inside);
+            self.inside = inside;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Words;
+
+    #[test]
+    fn words_are_counted_across_pieces() {
+        let mut words = Words::default();
+        for piece in ["a", " b", "c\u{2003}", "", " d\n", "e"] {
+            words.read(piece);
+        }
+        assert_eq!(words.count, "a bc\u{2003} d\ne".split_whitespace().count() as u32);
+    }
+}

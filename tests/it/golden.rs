@@ -1,0 +1,132 @@
+//! The whole server over the real decoder: what comes out of the socket is what PyTorch computes.
+
+use crate::harness::{BUNDLE, Server, Setup, bundle, texts};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use shoal::config::Dtype;
+use shoal::model::{self, LoadOptions};
+use shoal::text::Tokenizer;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+const COMPLETIONS: &str = "/v1/completions";
+const TOLERANCE: f64 = 1e-4;
+
+fn goldens() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
+
+async fn server() -> Server {
+    let folder = goldens().join("gpt2-tiny");
+    let tokenizer = Arc::new(Tokenizer::load(folder.join("tokenizer.json")).unwrap());
+    let setup = Setup { tasks: vec![bundle()], tokenizer, ..Setup::default() };
+    let load = move || {
+        model::load(&folder, &LoadOptions { dtype: Dtype::F32, ..LoadOptions::default() })
+            .map_err(Into::into)
+    };
+    let server = Server::loading(setup, load).await;
+    let mut state = server.engine.watch();
+    state.wait_for(|s| *s == shoal::engine::State::Ready).await.unwrap();
+    server
+}
+
+/// The reference's entries for the model without an adapter.
+fn prompts() -> Vec<Value> {
+    let text = std::fs::read_to_string(goldens().join("reference.json")).unwrap();
+    let reference: Value = serde_json::from_str(&text).unwrap();
+    let all = reference["prompts"].as_array().unwrap();
+    let base: Vec<Value> = all.iter().filter(|p| p["tag"] == "base").cloned().collect();
+    assert_eq!(base.len(), 4);
+    base
+}
+
+fn greedy(prompt: &Value) -> Value {
+    json!({"model": BUNDLE, "prompt": prompt, "max_tokens": 32, "temperature": 0,
+        "ignore_eos": true})
+}
+
+#[tokio::test]
+async fn greedy_text_is_pytorchs() {
+    let server = server().await;
+    for prompt in prompts() {
+        for form in ["text", "ids"] {
+            let reply = server.client.post(COMPLETIONS, &greedy(&prompt[form])).await.json();
+            assert_eq!(reply["choices"][0]["text"], prompt["greedy_text"]);
+            assert_eq!(reply["usage"]["prompt_tokens"], prompt["ids"].as_array().unwrap().len());
+        }
+    }
+    let all: Vec<Value> = prompts().iter().map(|p| p["text"].clone()).collect();
+    let mut body = greedy(&json!(all));
+    body["stream"] = json!(true);
+    let frames = server.client.stream(COMPLETIONS, &body).await.rest().await;
+    let want: Vec<Value> = prompts().iter().map(|p| p["greedy_text"].clone()).collect();
+    assert_eq!(json!(texts(&frames)), json!(want), "all at once, as a stream");
+}
+
+#[tokio::test]
+async fn scores_are_the_log_softmax_of_pytorchs_logits() {
+    let file = std::fs::read(goldens().join("reference.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&file).unwrap();
+    let server = server().await;
+    for prompt in prompts() {
+        let logits = tensors.tensor(&format!("base.{}.logits", prompt["i"])).unwrap();
+        let vocab = logits.shape()[1];
+        let rows: Vec<f64> = logits
+            .data()
+            .chunks_exact(4)
+            .map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap())))
+            .collect();
+        let body = json!({"model": BUNDLE, "prompt": prompt["ids"], "echo": true, "logprobs": 3,
+            "max_tokens": 0, "temperature": 0.3, "logit_bias": {"5": 50}});
+        let reply = server.client.post(COMPLETIONS, &body).await.json();
+        let logprobs = &reply["choices"][0]["logprobs"];
+        assert_eq!(logprobs["token_logprobs"][0], Value::Null);
+        let ids = prompt["ids"].as_array().unwrap();
+        for (i, row) in rows.chunks_exact(vocab).take(ids.len() - 1).enumerate() {
+            let most = row.iter().copied().fold(f64::MIN, f64::max);
+            let sum = row.iter().map(|x| (x - most).exp()).sum::<f64>();
+            let want = row[ids[i + 1].as_u64().unwrap() as usize] - most - sum.ln();
+            let got = logprobs["token_logprobs"][i + 1].as_f64().unwrap();
+            assert!((got - want).abs() < TOLERANCE, "token {i}: {got}, not {want}");
+            let top = logprobs["top_logprobs"][i + 1].as_object().unwrap();
+            let best = top.values().next().unwrap().as_f64().unwrap();
+            assert!((best + sum.ln()).abs() < TOLERANCE, "the best of token {i}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_seed_gives_the_same_text_alone_and_in_a_crowd() {
+    let server = server().await;
+    let body = |seed: u64, stream: bool| {
+        json!({"model": BUNDLE, "prompt": "write a short story", "max_tokens": 24, "seed": seed,
+            "temperature": 1.0, "top_p": 0.95, "frequency_penalty": 0.5, "stream": stream})
+    };
+    let text = async |body: Value| {
+        let reply = server.client.post(COMPLETIONS, &body).await.json();
+        reply["choices"][0]["text"].as_str().unwrap().to_string()
+    };
+    let alone = [text(body(1, false)).await, text(body(2, false)).await];
+    assert_ne!(alone[0], alone[1]);
+    assert_eq!(text(body(1, false)).await, alone[0]);
+    let mut crowd = Vec::new();
+    for i in 0..16 {
+        crowd.push(server.client.stream(COMPLETIONS, &body(i % 4, true)).await);
+    }
+    for (i, stream) in crowd.iter_mut().enumerate() {
+        let got = texts(&stream.rest().await).remove(0);
+        match i % 4 {
+            1 => assert_eq!(got, alone[0]),
+            2 => assert_eq!(got, alone[1]),
+            _ => assert!(!alone.contains(&got)),
+        }
+    }
+    let mut several = body(1, false);
+    several["n"] = json!(3);
+    let reply = server.client.post(COMPLETIONS, &several).await.json();
+    let choice = |i: usize| reply["choices"][i]["text"].as_str().unwrap();
+    assert_eq!(choice(0), alone[0], "the first of several is that of one");
+    assert!(choice(1) != choice(0) && choice(2) != choice(1));
+    several["seed"] = Value::Null;
+    assert_ne!(text(several.clone()).await, text(several).await, "no seed, no repetition");
+}

@@ -1,0 +1,21 @@
+//! Integration tests: one binary, so that the crate is linked once.
+
+// Clippy knows test functions, but not the functions that they share.
+#![allow(clippy::unwrap_used)]
+
+/// The program as a user runs it: arguments, output, exit codes, signals.
+/// The OpenAI wire, byte by byte.
+mod completions;
+/// The real decoder behind the sockets, against PyTorch.
+mod golden;
+/// A server on a port of its own, a client that sees bytes.
+mod harness;
+/// What holds for every route.
+mod http;
+/// Who may import whom; `unsafe`, candle and long files.
+/// Start, overload, deadlines, clients that leave, failing steps, drain.
+mod lifecycle;
+/// What `/metrics` says after known traffic.
+mod metrics;
+/// The native wire, which knows tasks.
+mod native;
