@@ -20,8 +20,10 @@ pub mod task;
 pub mod telemetry;
 
 pub mod api;
+pub mod bench;
 pub mod bundle;
 pub mod engine;
+pub mod eval;
 pub mod kernels;
 pub mod model;
 pub mod text;
