@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 /// The program as a user runs it: arguments, output, exit codes, signals.
+mod cli;
 /// The OpenAI wire, byte by byte.
 mod completions;
 /// The real decoder behind the sockets, against PyTorch.
@@ -13,6 +14,7 @@ mod harness;
 /// What holds for every route.
 mod http;
 /// Who may import whom; `unsafe`, candle and long files.
+mod layout;
 /// Start, overload, deadlines, clients that leave, failing steps, drain.
 mod lifecycle;
 /// What `/metrics` says after known traffic.

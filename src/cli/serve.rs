@@ -1,0 +1,120 @@
+//! `shoal serve`: from a configuration to a listening server, and to its end.
+
+use super::{Outcome, set_threads};
+use anyhow::{Context, Result};
+use shoal::api::{self, App, Ended, Limits, Service};
+use shoal::bundle::Bundle;
+use shoal::config::{LogFormat, Serve};
+use shoal::engine::{EngineHandle, Settings, State};
+use shoal::metrics::Metrics;
+use shoal::model::LoadOptions;
+use shoal::telemetry;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+
+/// Threads for sockets and text; the rest of the machine computes.
+const SOCKET_THREADS: usize = 2;
+
+/// How long the engine's thread gets to end once it has nothing left to do.
+const CORE_END: Duration = Duration::from_secs(1);
+
+/// Serves until a signal or the engine ends it.
+pub fn run(args: &Serve) -> Result<Outcome> {
+    let started = telemetry::now();
+    let logging = &args.logging;
+    let json = logging.log_format == LogFormat::Json;
+    telemetry::init(&logging.log, json).map_err(anyhow::Error::msg)?;
+    set_threads(&args.compute)?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(SOCKET_THREADS).enable_all().build()?;
+    let outcome = runtime.block_on(serve(args, started));
+    // Nothing that still runs has anybody who waits for it.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
+    let stop = api::signals().context("cannot listen for signals")?;
+    let listener = TcpListener::bind((args.host.as_str(), args.port))
+        .await
+        .with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
+    let address = listener.local_addr()?;
+    let bundle = Bundle::open(&args.bundle, args.served_model_name.as_deref())?;
+    let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
+    metrics.startup("bundle", started.elapsed().as_secs_f64());
+    let (engine, core) = start_engine(args, &bundle, &metrics);
+    let announcement = announcement(args, &bundle, address);
+    let dtype = bundle.held_as(args.compute.dtype);
+    let end_of_text = bundle.end_of_text();
+    let tasks = Arc::new(bundle.tasks);
+    let service = Service::new(tasks, bundle.prompts, end_of_text, engine.clone(), metrics.clone());
+    let limits = Limits {
+        max_body_bytes: args.max_body_bytes,
+        body_timeout: args.body_timeout,
+        keep_alive: args.keep_alive,
+        write_timeout: args.write_timeout,
+        max_connections: args.max_connections(),
+        ..Limits::default()
+    };
+    let app = Arc::new(App::new(service, limits, dtype));
+    tokio::spawn(announce(engine, metrics, announcement, started));
+    let ended = api::serve(listener, app, args.shutdown_timeout, stop).await;
+    Ok(match ended {
+        Ended::Failed => Outcome::EngineFailed,
+        Ended::TimedOut | Ended::Interrupted => Outcome::Failed,
+        Ended::Drained => {
+            // Everything has an answer; what is left is the thread's own end, which a model that is
+            // still loading would put off.
+            let end = tokio::task::spawn_blocking(|| core.join());
+            let _ = tokio::time::timeout(CORE_END, end).await;
+            Outcome::Done
+        }
+    })
+}
+
+fn start_engine(
+    args: &Serve,
+    bundle: &Bundle,
+    metrics: &Arc<Metrics>,
+) -> (EngineHandle, std::thread::JoinHandle<()>) {
+    let batching = &args.batching;
+    let settings = Settings {
+        max_rows: batching.max_rows,
+        max_running: batching.max_running.min(batching.max_rows),
+        max_waiting: batching.max_waiting,
+        prefill_chunk: batching.prefill_chunk,
+    };
+    let (dtype, block_size) = (args.compute.dtype, batching.block_size);
+    let bytes_per_token = bundle.kv_bytes_per_token(dtype, block_size);
+    let kv_tokens = batching.kv_tokens(bundle.spec.context, bytes_per_token);
+    bundle.start(LoadOptions { dtype, kv_tokens, block_size }, settings, metrics.clone())
+}
+
+/// What is served, and where.
+fn announcement(args: &Serve, bundle: &Bundle, address: SocketAddr) -> String {
+    let names = bundle.tasks.names();
+    let tasks = names[..names.len() - 1].join(", ");
+    format!(
+        "serving {} ({:.1}M parameters, {}; tasks: {tasks}) on http://{address}",
+        bundle.id,
+        bundle.spec.parameters() as f64 / 1e6,
+        bundle.held_as(args.compute.dtype),
+    )
+}
+
+/// Says that the model is ready, once it is: on standard output, whatever is logged.
+async fn announce(engine: EngineHandle, metrics: Arc<Metrics>, text: String, started: Instant) {
+    let mut state = engine.watch();
+    if let Ok(state) = state.wait_for(|state| *state != State::Loading).await
+        && *state == State::Ready
+    {
+        let seconds = started.elapsed().as_secs_f64();
+        metrics.startup("total", seconds);
+        tracing::info!(seconds, "ready");
+        // Whoever closed the pipe does not want to know.
+        let _ = writeln!(std::io::stdout(), "{text}, ready after {seconds:.2} s");
+    }
+}

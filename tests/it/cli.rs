@@ -1,0 +1,280 @@
+//! The program as a user runs it: arguments in; text, exit code and signals out.
+
+use crate::harness::{Client, tokenizer_json};
+use serde_json::{Value, json};
+use shoal::model::{Spec, init};
+use shoal::text::Tokenizer;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use tempfile::TempDir;
+
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/gpt2-tiny");
+
+const TASK: &str = r#"
+description = "Writes a prompt."
+template = "{{ controls.words }}{{ input }}<|gen|>"
+[controls.words]
+kind = "integer"
+range = [3, 60]
+token = "<|words:{}|>"
+[defaults]
+max_tokens = 6
+"#;
+
+/// The program, without the variables of whoever runs the tests.
+fn shoal(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shoal"));
+    command.args(args).env_clear();
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    shoal(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// A bundle with a small fresh model and one task, `image`.
+fn bundle() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = Spec {
+        layers: 1,
+        heads: 2,
+        width: 16,
+        inner: 64,
+        context: 64,
+        vocab: 572,
+        eps: 1e-5,
+        eos: Some(0),
+        tasks: Vec::new(),
+    };
+    init::random_bundle(dir.path(), &spec, 7, candle_core::DType::F32).unwrap();
+    fs::write(dir.path().join("tokenizer.json"), tokenizer_json()).unwrap();
+    fs::create_dir(dir.path().join("tasks")).unwrap();
+    fs::write(dir.path().join("tasks/image.toml"), TASK).unwrap();
+    dir
+}
+
+fn path(dir: &TempDir) -> &str {
+    dir.path().to_str().unwrap()
+}
+
+#[test]
+fn generate_writes_what_pytorch_wrote() {
+    let reference = fs::read(Path::new(GOLDEN).with_file_name("reference.json")).unwrap();
+    let reference: Value = serde_json::from_slice(&reference).unwrap();
+    let prompt = &reference["prompts"][0];
+    let input = prompt["text"].as_str().unwrap();
+    let args = ["generate", "--bundle", GOLDEN, input, "--temperature", "0", "--max-tokens", "32"];
+    let output = run(&args);
+    assert_eq!(text(&output.stdout), format!("{}\n", prompt["greedy_text"].as_str().unwrap()));
+    assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(0), ""));
+}
+
+#[test]
+fn generate_ends_where_the_config_says() {
+    let reference = fs::read(Path::new(GOLDEN).with_file_name("reference.json")).unwrap();
+    let reference: Value = serde_json::from_slice(&reference).unwrap();
+    let prompt = &reference["prompts"][0];
+    let greedy: Vec<u32> = serde_json::from_value(prompt["greedy"].clone()).unwrap();
+    let end = greedy[5];
+    let before = greedy.iter().position(|&id| id == end).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs::copy(Path::new(GOLDEN).join(file), dir.path().join(file)).unwrap();
+    }
+    let config = dir.path().join("config.json");
+    let mut edited: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    edited["eos_token_id"] = json!(end);
+    fs::write(&config, edited.to_string()).unwrap();
+    let input = prompt["text"].as_str().unwrap();
+    let args = ["generate", "--bundle", path(&dir), input, "--temperature", "0"];
+    let output = run(&args);
+    let tokenizer = Tokenizer::load(Path::new(GOLDEN).join("tokenizer.json")).unwrap();
+    let expected = tokenizer.decode(&greedy[..before]);
+    assert_eq!(text(&output.stdout), format!("{expected}\n"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn generate_takes_controls_and_seeds() {
+    let dir = bundle();
+    let generate = |more: &[&str]| {
+        run(&[&["generate", "a fox", "--bundle", path(&dir), "--task", "image"], more].concat())
+    };
+    let first = generate(&["--words", "20", "--seed", "5"]);
+    assert_eq!(first.status.code(), Some(0), "{}", text(&first.stderr));
+    assert_eq!(first.stdout, generate(&["--control", "words=20", "--seed", "5"]).stdout);
+    let three = text(&generate(&["--n", "3", "--seed", "5", "--max-tokens", "1"]).stdout);
+    assert!(three.lines().count() >= 3, "{three}");
+    for (args, want) in [
+        (["--words", "99"], "controls.words is 99; allowed: an integer 3 to 60"),
+        (["--control", "tone=calm"], "controls.tone is unknown to image; allowed: words"),
+        (["--temperature", "3"], "temperature is 3; allowed: 0 to 2"),
+        (["--task", "video"], "cannot be used multiple times"),
+    ] {
+        let output = generate(&args);
+        assert!(text(&output.stderr).contains(want), "{}", text(&output.stderr));
+        let code = if want.contains("multiple") { 64 } else { 1 };
+        assert_eq!(output.status.code(), Some(code));
+    }
+}
+
+#[test]
+fn check_says_what_a_bundle_is() {
+    let dir = bundle();
+    let output = run(&["check", path(&dir)]);
+    let said = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    for want in [
+        "1 layers of 2 heads, width 16",
+        "parameters  13 488",
+        "572 tokens, 61 of them special",
+        "image     Writes a prompt.",
+        "words: an integer 3 to 60 (default none)",
+        "no faults",
+    ] {
+        assert!(said.contains(want), "missing: {want}\nin:\n{said}");
+    }
+}
+
+#[test]
+fn check_finds_all_faults_at_once() {
+    let dir = bundle();
+    let config = dir.path().join("config.json");
+    let mut edited: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    edited["n_positions"] = json!(65);
+    fs::write(&config, edited.to_string()).unwrap();
+    let task = TASK.replace("[3, 60]", "[3, 61]").replace("max_tokens = 6", "max_tokens = -6");
+    fs::write(dir.path().join("tasks/image.toml"), task).unwrap();
+    fs::write(dir.path().join("tasks/video.toml"), "template = \"{{ inptu }}\"").unwrap();
+    let output = run(&["check", path(&dir)]);
+    let said = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for want in ["transformer.wpe.weight", "tasks/image.toml: defaults.max_tokens"] {
+        assert!(said.contains(want), "missing: {want}\nin:\n{said}");
+    }
+    fs::write(dir.path().join("tasks/image.toml"), TASK.replace("60", "61")).unwrap();
+    let said = text(&run(&["check", path(&dir)]).stdout);
+    for want in ["<|words:61|> is no special token", "tasks/video.toml: template: "] {
+        assert!(said.contains(want), "missing: {want}\nin:\n{said}");
+    }
+    assert_eq!(run(&["check", "no/such/folder"]).status.code(), Some(1));
+}
+
+#[test]
+fn a_wrong_configuration_ends_with_64_and_all_its_faults() {
+    let mut command = shoal(&["serve", "--keep-alive", "0"]);
+    let output = command.env("SHOAL_PORT", "x").env("SHOAL_LOG_FORMAT", "xml").output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(64));
+    for want in
+        ["SHOAL_PORT is x", "SHOAL_LOG_FORMAT is xml: allowed: pretty, json", "--keep-alive"]
+    {
+        assert!(said.contains(want), "missing: {want}\nin:\n{said}");
+    }
+    assert_eq!(run(&["sreve"]).status.code(), Some(64));
+    let printed = run(&["serve", "--print-config", "--port", "9"]);
+    assert_eq!(printed.status.code(), Some(0));
+    assert!(text(&printed.stdout).contains("\nport = 9\n"));
+    assert_eq!(run(&["--help"]).status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn serve_says_where_answers_and_leaves_on_sigterm() {
+    let dir = bundle();
+    let mut server = shoal(&["serve", path(&dir), "--port", "0", "--served-model-name", "tiny"])
+        .env("SHOAL_LOG", "off")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(server.stdout.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(line.starts_with("serving tiny (0.0M parameters, f32; tasks: image)"), "{line}");
+    let (_, address) = line.split_once("http://").unwrap();
+    let (address, _) = address.split_once(',').unwrap();
+    let client = Client(address.parse().unwrap());
+    let body = json!({"input": "a fox<|gen|>", "controls": {"words": 20}, "max_tokens": 4});
+    let reply = client.post("/v1/tasks/image/generate", &body).await;
+    assert_eq!(reply.status, 200);
+    assert_eq!(reply.json()["usage"]["completion_tokens"], 4);
+    let kill = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert_eq!(server.wait().unwrap().code(), Some(0));
+}
+
+/// A recipe of more steps than anybody waits for, with its data.
+fn endless_recipe() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let data = "{\"text\": \"a red fox trots over fresh snow at dawn\"}\n".repeat(20);
+    fs::create_dir(dir.path().join("data")).unwrap();
+    fs::write(dir.path().join("data/rows.jsonl"), data).unwrap();
+    let sha256 = shoal::train::data::sha256_of(&dir.path().join("data/rows.jsonl")).unwrap();
+    let recipe = format!(
+        r#"
+        name = "endless"
+        seed = 1
+        model = {{ layers = 1, heads = 2, width = 16, context = 16 }}
+        tokenizer = {{ size = 400, data = ["rows"], max_megabytes = 1 }}
+        held_out = {{ fraction = 0.0 }}
+        tasks = {{ image = [] }}
+        [[data]]
+        name = "rows"
+        file = "rows.jsonl"
+        sha256 = "{sha256}"
+        [[stage]]
+        name = "only"
+        steps = 1000000000
+        batch_tokens = 32
+        micro_tokens = 32
+        learning_rate = 1e-3
+        final_rate = 1.0
+        warmup = 2
+        mix = [{{ data = "rows", form = "text", weight = 1.0 }}]
+        "#
+    );
+    fs::write(dir.path().join("train.toml"), recipe).unwrap();
+    dir
+}
+
+#[test]
+fn training_stops_with_a_checkpoint_on_either_signal() {
+    let dir = endless_recipe();
+    let (recipe, out) = (dir.path().join("train.toml"), dir.path().join("out"));
+    let args = ["train", "--config", recipe.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    for (signal, start) in [("-TERM", "from step 0"), ("-INT", "from step ")] {
+        let mut training = shoal(&args).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(training.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let first = lines.next().unwrap();
+        assert!(first.contains(start), "{first}");
+        // Ten steps on, so that the second run cannot have started where the first did.
+        assert!(lines.any(|line| line.contains("only step")));
+        let kill =
+            Command::new("kill").args([signal, &training.id().to_string()]).status().unwrap();
+        assert!(kill.success());
+        let last = lines.last().unwrap();
+        assert!(last.contains("the same command goes on from"), "{last}");
+        assert_eq!(training.wait().unwrap().code(), Some(0), "{signal}");
+        assert!(out.join("checkpoint.safetensors").is_file());
+    }
+    let log = fs::read_to_string(out.join("log.jsonl")).unwrap();
+    let entries = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let steps: Vec<u64> = entries
+        .filter(|entry| entry["kind"] == "step")
+        .map(|entry| entry["total_steps"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>(), "none lost, none twice");
+}
+
+#[test]
+fn serve_names_what_it_cannot_do() {
+    let dir = bundle();
+    fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+    let output = run(&["serve", path(&dir), "--port", "0"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("tokenizer.json: No such file"));
+}
