@@ -8,15 +8,12 @@ use crate::kernels::Precision;
 use crate::metrics::Metrics;
 use crate::model::{self, LoadOptions, Spec, Weights};
 use crate::task::TaskTable;
-use crate::text::{Prompts, Tokenizer};
+use crate::text::{END_OF_TEXT, Prompts, Tokenizer};
 use anyhow::{Result, bail};
 use candle_core::DType;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-
-/// The token that ends a text, where `config.json` names none.
-const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// What could be read of a bundle.
 pub struct Parts {

@@ -37,6 +37,17 @@ pub fn is_valid_name(name: &str) -> bool {
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
+/// The distance between SplitMix64's states: odd, and 2^64 over the golden ratio.
+pub const GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// SplitMix64's finaliser: a one-to-one map under which neighbours have nothing in common. Every seeded
+/// draw goes through it, because it is fixed for all time, unlike a library's generator.
+pub fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
 /// A number that nobody can guess, for seeds and request ids. The hasher's keys come from the system's
 /// random source.
 pub fn random() -> u64 {

@@ -7,7 +7,7 @@ use super::encode::{Encoder, fits};
 use super::ticket::{Echo, InFlight, Source, Terms, Ticket};
 use crate::engine::{Capacity, EngineHandle, Job, State};
 use crate::error::{Error, Kind, Result};
-use crate::ids::random;
+use crate::ids::{GAMMA, mix, random};
 use crate::metrics::{Metrics, RequestMeter};
 use crate::request::{Params, Request};
 use crate::task::{Task, TaskTable};
@@ -223,7 +223,7 @@ impl Service {
                     task: task.id,
                     tokens: prompt.tokens.clone(),
                     sampling: sampling.clone(),
-                    seed: mix(seed, choice),
+                    seed: choice_seed(seed, choice),
                     max_new: lengths.max_new,
                     min_new: lengths.min_new,
                     stop_ids: stop_ids.clone(),
@@ -289,11 +289,8 @@ fn lengths(
     Ok(Lengths { max_new, min_new: params.min_tokens.unwrap_or(0).min(max_new) })
 }
 
-/// The seed of choice `choice` (SplitMix64's finaliser): the first choice of a request with a seed is
-/// the same whether or not there are others.
-fn mix(seed: u64, choice: u32) -> u64 {
-    let mut z = seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
+/// The seed of choice `choice`: the first choice of a request with a seed is the same whether or not
+/// there are others.
+fn choice_seed(seed: u64, choice: u32) -> u64 {
+    mix(seed.wrapping_add(u64::from(choice).wrapping_mul(GAMMA)))
 }

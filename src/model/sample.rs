@@ -11,6 +11,7 @@
 //! knows neither min-p nor penalties.
 
 use super::step::{SampleRow, Sampled, ScoreRow, StepError};
+use crate::ids::{GAMMA, mix};
 use crate::request::{Sampling, TokenLogprob};
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -40,12 +41,6 @@ pub fn score(raw: &[f32], row: &ScoreRow) -> Result<TokenLogprob, StepError> {
 
 /// The random draw of a seed's `index`-th token, in [0, 1): SplitMix64 as a counter-based generator.
 fn uniform(seed: u64, index: u32) -> f64 {
-    const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mix = |mut z: u64| {
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    };
     // Mixing the seed first keeps neighbouring seeds from being shifted copies of one stream.
     let start = mix(seed.wrapping_add(GAMMA));
     let bits = mix(start.wrapping_add(GAMMA.wrapping_mul(u64::from(index) + 1)));

@@ -6,6 +6,9 @@
 //! One invariant rules here: *trusted* text (a template's literals, control tokens) may name special
 //! tokens, a user's text never does. The two are kept apart as [`Segment`]s until they are ids.
 
+/// What GPT-2 calls the token that ends a text.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
 mod controls;
 mod decode;
 mod encode;

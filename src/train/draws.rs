@@ -1,14 +1,16 @@
 //! Random choices that need no state: each follows from the recipe's seed and the place in the data
 //! alone, so a resumed run makes the same ones.
 
-/// A small generator (splitmix64), fixed for all time unlike a library's.
+use crate::ids::{GAMMA, mix};
+
+/// A small generator (SplitMix64), fixed for all time unlike a library's.
 #[derive(Clone, Debug)]
 pub struct Draws(u64);
 
 impl Draws {
     /// The draws that belong to this place.
     pub fn at(place: &[u64]) -> Self {
-        let mut draws = Self(0x9E37_79B9_7F4A_7C15);
+        let mut draws = Self(GAMMA);
         for part in place {
             draws.0 ^= part.wrapping_mul(0xD6E8_FEB8_6659_FD93);
             draws.0 = draws.next_u64();
@@ -18,11 +20,8 @@ impl Draws {
 
     /// 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        self.0 = self.0.wrapping_add(GAMMA);
+        mix(self.0)
     }
 
     /// Uniform in `0.0..1.0`.

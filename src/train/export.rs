@@ -3,8 +3,8 @@
 
 use super::checkpoint::replace;
 use super::params::Params;
-use super::tokenizer::END_OF_TEXT;
 use crate::model::{Spec, weights};
+use crate::text::END_OF_TEXT;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use serde_json::json;

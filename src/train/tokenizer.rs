@@ -1,6 +1,7 @@
 //! The vocabulary: byte-level BPE trained on the recipe's data, with the control tokens as special
 //! entries at its start. What it writes is the `tokenizers` format that serving and Python read.
 
+use crate::text::END_OF_TEXT;
 use anyhow::{Context, Result, anyhow, bail};
 use std::path::Path;
 use tokenizers::decoders::byte_level::ByteLevel as Decoder;
@@ -9,8 +10,6 @@ use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
-/// Ends every document and every reply; id 0.
-pub const END_OF_TEXT: &str = "<|endoftext|>";
 /// Stands between an input and its output.
 pub const GENERATE: &str = "<|gen|>";
 /// Lengths, in words, that have a control token.
