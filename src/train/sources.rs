@@ -245,7 +245,7 @@ fn passage(text: &str, enders: &Enders, draws: &mut Draws) -> Option<(String, St
     let cuts = passages::cuts(head, enders).into_iter().filter(fits);
     let output = cuts.min_by_key(|o| passages::count_words(o).abs_diff(wanted))?;
     let input = if draws.unit() < 0.4 { phrase(&output, draws) } else { keywords(&output, draws) };
-    let input = if draws.unit() < 0.3 { input.to_lowercase() } else { input };
+    let input = if draws.unit() < 0.6 { input.to_lowercase() } else { input };
     (!input.is_empty()).then_some((input, output))
 }
 
