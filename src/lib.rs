@@ -19,6 +19,7 @@ pub mod request;
 pub mod task;
 pub mod telemetry;
 
+pub mod adapter;
 pub mod api;
 pub mod bench;
 pub mod bundle;

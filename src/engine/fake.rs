@@ -192,6 +192,7 @@ impl Runner for FakeRunner {
         Ok(StepOutput {
             sampled: sampled.collect::<Result<_, _>>()?,
             scored: scored.collect::<Result<_, _>>()?,
+            ..StepOutput::default()
         })
     }
 }

@@ -51,6 +51,7 @@ impl Plan {
         input.positions.clear();
         input.slices.clear();
         input.block_tables.clear();
+        input.adapters.clear();
         input.samples.clear();
         input.scores.clear();
         for chunk in &self.chunks {
@@ -71,6 +72,7 @@ fn write_chunk(chunk: &Chunk, seq: &Seq<Body>, input: &mut StepInput) {
     input.slices.push(Slice {
         rows: first_row..input.tokens.len(),
         table: first_block..input.block_tables.len(),
+        gate: None,
     });
     let top = body.job.score_prompt.unwrap_or(0);
     input.scores.extend(body.positions_to_score(chunk.start, chunk.rows).map(|position| {

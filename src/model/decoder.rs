@@ -1,17 +1,41 @@
 //! The one GPT-2 decoder: training differentiates it, serving runs it over a paged cache.
 //!
-//! It maps packed rows to packed rows and never learns which sequence a row belongs to: that is the
-//! [`Attend`] it is handed. Invariant: apart from attention each row is computed on its own.
+//! It maps packed rows to packed rows and never learns which sequence, adapter or task a row belongs to:
+//! that is the [`Pass`] it is handed. Invariant: apart from attention each row is computed on its own.
 
 use super::Spec;
+use crate::adapter::Module;
 use crate::kernels::{Ops, PackedMatrix, Precision};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
-/// Causal attention, the only place where rows meet.
-pub trait Attend {
-    /// `qkv [rows, 3d]` of one layer to `[rows, d]`. Called once per layer, in order.
+/// A linear layer at work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Transformer block.
+    pub layer: usize,
+    /// Which of its linear layers.
+    pub module: Module,
+    /// Whether the rows are those of [`Pass::kept`] only.
+    pub kept: bool,
+}
+
+/// One pass over the model: what it knows of its rows and the decoder does not.
+pub trait Pass {
+    /// The rows (u32, ascending) whose hidden states are wanted; `None` is all. All rows reach the
+    /// attention of every layer, but what follows the last one is done for these alone.
+    fn kept(&self) -> Option<&Tensor> {
+        None
+    }
+
+    /// Causal attention, the only place where rows meet: `qkv [rows, 3d]` of one layer to `[rows, d]`.
+    /// Called once per layer, in order.
     fn attend(&mut self, layer: usize, qkv: &Tensor) -> Result<Tensor>;
+
+    /// What the rows' adapters make of `y = x · w + b`.
+    fn adapt(&mut self, _site: Site, _x: &Tensor, y: Tensor) -> Result<Tensor> {
+        Ok(y)
+    }
 }
 
 /// Attention among packed whole sequences, differentiable: what training uses.
@@ -25,7 +49,7 @@ pub struct CausalPacked<'a> {
     pub heads: usize,
 }
 
-impl Attend for CausalPacked<'_> {
+impl Pass for CausalPacked<'_> {
     fn attend(&mut self, _layer: usize, qkv: &Tensor) -> Result<Tensor> {
         self.ops.causal_attention(qkv, self.seq_starts, self.heads)
     }
@@ -73,24 +97,33 @@ struct Block {
 }
 
 impl Block {
-    /// All rows of `x`, or only `keep` (u32 row numbers) once attention has seen them all.
+    /// All rows of `x`; of the last block only the kept ones, once attention has seen them all.
     fn forward(
         &self,
         ops: &Ops,
         layer: usize,
         x: &Tensor,
-        attend: &mut dyn Attend,
-        keep: Option<&Tensor>,
+        pass: &mut dyn Pass,
+        last: bool,
     ) -> Result<Tensor> {
-        let qkv = self.c_attn.forward(ops, &self.ln_1.forward(ops, x)?)?;
-        let mut attended = attend.attend(layer, &qkv)?;
+        let site = |module, kept| Site { layer, module, kept };
+        let normal = self.ln_1.forward(ops, x)?;
+        let qkv = self.c_attn.forward(ops, &normal)?;
+        let qkv = pass.adapt(site(Module::Qkv, false), &normal, qkv)?;
+        let mut attended = pass.attend(layer, &qkv)?;
         let mut x = x.clone();
+        let keep = pass.kept().filter(|_| last);
+        let kept = keep.is_some();
         if let Some(rows) = keep {
             (x, attended) = (x.index_select(rows, 0)?, attended.index_select(rows, 0)?);
         }
-        let x = ops.add(&x, &self.attn_proj.forward(ops, &attended)?)?;
-        let inner = ops.gelu(&self.c_fc.forward(ops, &self.ln_2.forward(ops, &x)?)?)?;
-        ops.add(&x, &self.mlp_proj.forward(ops, &inner)?)
+        let projected = self.attn_proj.forward(ops, &attended)?;
+        let x = ops.add(&x, &pass.adapt(site(Module::AttnProj, kept), &attended, projected)?)?;
+        let normal = self.ln_2.forward(ops, &x)?;
+        let inner = self.c_fc.forward(ops, &normal)?;
+        let inner = ops.gelu(&pass.adapt(site(Module::FcIn, kept), &normal, inner)?)?;
+        let outer = self.mlp_proj.forward(ops, &inner)?;
+        ops.add(&x, &pass.adapt(site(Module::FcOut, kept), &inner, outer)?)
     }
 }
 
@@ -142,40 +175,18 @@ impl Decoder {
     }
 
     /// The final hidden states `[rows, d]`, after the last norm, of `tokens` (u32 `[rows]`) at
-    /// `positions` (u32 `[rows]`).
+    /// `positions` (u32 `[rows]`); of the rows that the pass keeps.
     pub fn hidden(
         &self,
         tokens: &Tensor,
         positions: &Tensor,
-        attend: &mut dyn Attend,
-    ) -> Result<Tensor> {
-        self.run(tokens, positions, attend, None)
-    }
-
-    /// The final hidden states of `rows` (u32) only. All rows reach the attention of every layer, but
-    /// what follows the last one is done for these alone.
-    pub fn hidden_at(
-        &self,
-        tokens: &Tensor,
-        positions: &Tensor,
-        attend: &mut dyn Attend,
-        rows: &Tensor,
-    ) -> Result<Tensor> {
-        self.run(tokens, positions, attend, Some(rows))
-    }
-
-    fn run(
-        &self,
-        tokens: &Tensor,
-        positions: &Tensor,
-        attend: &mut dyn Attend,
-        keep: Option<&Tensor>,
+        pass: &mut dyn Pass,
     ) -> Result<Tensor> {
         let ops = &self.ops;
         let mut x = ops.add(&self.wte.embed(ops, tokens)?, &ops.embed(&self.wpe, positions)?)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            let keep = keep.filter(|_| layer + 1 == self.blocks.len());
-            x = block.forward(ops, layer, &x, attend, keep)?;
+            let last = layer + 1 == self.blocks.len();
+            x = block.forward(ops, layer, &x, pass, last)?;
         }
         self.ln_f.forward(ops, &x)
     }

@@ -15,7 +15,7 @@ pub mod spec;
 pub mod step;
 pub mod weights;
 
-pub use decoder::{Attend, CausalPacked, Decoder};
+pub use decoder::{CausalPacked, Decoder, Pass, Site};
 pub use runner::CandleRunner;
 pub use spec::Spec;
 pub use weights::Weights;

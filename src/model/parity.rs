@@ -206,7 +206,8 @@ fn advance(runner: &mut CandleRunner, free: &mut Vec<u32>, seqs: &mut [Seq], row
                 banned: Vec::new(),
             });
         }
-        input.slices.push(Slice { rows, table: first_block..input.block_tables.len() });
+        let table = first_block..input.block_tables.len();
+        input.slices.push(Slice { rows, table, gate: None });
     }
     let output = runner.step(&input).unwrap();
     apply(seqs, &input, output);
@@ -270,8 +271,9 @@ fn every_file_type_serves_in_every_precision() {
     let input = StepInput {
         tokens: prompt.clone(),
         positions: (0..prompt.len() as u32).collect(),
-        slices: vec![Slice { rows: 0..prompt.len(), table: 0..1 }],
+        slices: vec![Slice { rows: 0..prompt.len(), table: 0..1, gate: None }],
         block_tables: vec![2],
+        adapters: Vec::new(),
         samples: Vec::new(),
         scores: vec![ScoreRow { row: last, target: 7, top: 0 }],
     };

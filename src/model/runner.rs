@@ -3,7 +3,7 @@
 //! Knows rows, slices and blocks; must not know requests. Whatever does not fit together in a
 //! [`StepInput`] is an error before anything is written.
 
-use super::decoder::{Attend, Decoder};
+use super::decoder::{Decoder, Pass};
 use super::step::{Capacity, Runner, StepError, StepInput, StepOutput};
 use super::{kv_shape, sample};
 use crate::kernels::{KvPool, PagedRows, in_pool};
@@ -47,12 +47,11 @@ impl CandleRunner {
             input.slices.iter().map(|s| (s.rows.clone(), s.table.clone())).collect();
         let paged =
             PagedRows { positions: &input.positions, slices: &slices, tables: &input.block_tables };
-        let attend = &mut Paged { pool: &mut self.pool, rows: paged };
-        if wanted.len() == rows {
-            return self.decoder.hidden(&tokens, &positions, attend);
-        }
-        let wanted = Tensor::from_slice(wanted, wanted.len(), &Device::Cpu)?;
-        self.decoder.hidden_at(&tokens, &positions, attend, &wanted)
+        let kept = (wanted.len() < rows)
+            .then(|| Tensor::from_slice(wanted, wanted.len(), &Device::Cpu))
+            .transpose()?;
+        let pass = &mut Paged { pool: &mut self.pool, rows: paged, kept };
+        self.decoder.hidden(&tokens, &positions, pass)
     }
 
     /// Applies `f` to the logits of each of `asked`, given which row of `hidden` it is about.
@@ -85,7 +84,7 @@ impl CandleRunner {
         let find = |row: usize| wanted.partition_point(|&w| (w as usize) < row) as u32;
         let sampled = self.with_logits(&hidden, &input.samples, |s| find(s.row), sample::choose)?;
         let scored = self.with_logits(&hidden, &input.scores, |s| find(s.row), sample::score)?;
-        Ok(StepOutput { sampled, scored })
+        Ok(StepOutput { sampled, scored, ..StepOutput::default() })
     }
 }
 
@@ -112,13 +111,18 @@ fn wanted_rows(input: &StepInput) -> Vec<u32> {
     if rows.is_empty() { vec![0] } else { rows.into_iter().map(|row| row as u32).collect() }
 }
 
-/// Attention over the cache, for the rows of one step.
+/// The rows of one step, over the cache.
 struct Paged<'a> {
     pool: &'a mut KvPool,
     rows: PagedRows<'a>,
+    kept: Option<Tensor>,
 }
 
-impl Attend for Paged<'_> {
+impl Pass for Paged<'_> {
+    fn kept(&self) -> Option<&Tensor> {
+        self.kept.as_ref()
+    }
+
     fn attend(&mut self, layer: usize, qkv: &Tensor) -> CandleResult<Tensor> {
         self.pool.attend(layer, qkv, &self.rows)
     }

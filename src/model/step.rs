@@ -5,6 +5,8 @@
 //! whose K and V go into the blocks that its table names. Prefill, a chunk of prefill, decode and
 //! resumption after preemption are the same thing with different lengths.
 
+pub use crate::adapter::Mix;
+
 use crate::request::{Sampling, TokenLogprob};
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,6 +22,8 @@ pub struct StepInput {
     pub slices: Vec<Slice>,
     /// The slices' block tables, one after the other.
     pub block_tables: Vec<u32>,
+    /// The rows that run with adapters: in order, neighbours of one mix as one entry.
+    pub adapters: Vec<AdapterRows>,
     /// Rows that need a next token; at most one per slice, its last row.
     pub samples: Vec<SampleRow>,
     /// Rows whose next token is known and to be scored.
@@ -34,6 +38,17 @@ pub struct Slice {
     /// Where this sequence's blocks stand in [`StepInput::block_tables`]. Position `p` of the sequence
     /// lives in slot `p % block_size` of block `table[p / block_size]`.
     pub table: Range<usize>,
+    /// The task of these rows as the gates of experts count it ([`Experts::tasks`]).
+    pub gate: Option<u32>,
+}
+
+/// Consecutive rows, of one or more slices, that run with one mix of adapters.
+#[derive(Clone, Debug)]
+pub struct AdapterRows {
+    /// Rows of the step.
+    pub rows: Range<usize>,
+    /// What they add to the base weights.
+    pub mix: Arc<Mix>,
 }
 
 /// A row whose logits give a new token.
@@ -73,6 +88,37 @@ pub struct StepOutput {
     pub sampled: Vec<Sampled>,
     /// The scored tokens.
     pub scored: Vec<TokenLogprob>,
+    /// Which experts the rows went to; empty for a model without.
+    pub routing: Routing,
+}
+
+/// Which experts a step's rows went to, layer by layer of [`Experts::layers`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routing {
+    /// `[layers, rows, top_k]`, best first; [`Routing::NONE`] where a row was not computed, because
+    /// nobody needed it behind the last layer's attention.
+    pub experts: Vec<u16>,
+    /// `[layers, rows]`: entropy of the gate's softmax in nats; NaN where a row was not computed.
+    pub entropy: Vec<f32>,
+}
+
+impl Routing {
+    /// In place of an expert: none was asked.
+    pub const NONE: u16 = u16::MAX;
+}
+
+/// The experts of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// Layers whose feed-forward network is a mixture, ascending.
+    pub layers: Vec<usize>,
+    /// Experts in each.
+    pub count: usize,
+    /// Experts that a row is sent to.
+    pub top_k: usize,
+    /// Names of the tasks that the gates know, in the order of their rows; empty if gates look at tokens
+    /// alone.
+    pub tasks: Vec<String>,
 }
 
 /// One chosen token.
@@ -104,6 +150,11 @@ pub type StepError = Box<dyn std::error::Error + Send + Sync>;
 pub trait Runner {
     /// What it can hold.
     fn capacity(&self) -> Capacity;
+
+    /// Its experts, if it has any.
+    fn experts(&self) -> Option<Experts> {
+        None
+    }
 
     /// Runs one step: writes the rows' K and V, then computes the asked-for rows.
     fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError>;

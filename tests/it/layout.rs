@@ -38,8 +38,9 @@ const ROOMS: &[Room] = &[
     room("api", &["engine", "text"], false),
     room("text", &[], false),
     room("engine", &["model::step"], false),
-    room("model", &["kernels"], true),
-    room("train", &["model", "kernels", "text"], true),
+    room("model", &["adapter", "kernels"], true),
+    room("adapter", &["kernels"], true),
+    room("train", &["model", "adapter", "kernels", "text"], true),
     room("kernels", &[], true),
 ];
 

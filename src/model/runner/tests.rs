@@ -54,8 +54,12 @@ fn good() -> StepInput {
     StepInput {
         tokens: vec![1, 2, 3, 4, 5, 6],
         positions: vec![0, 1, 2, 3, 4, 6],
-        slices: vec![Slice { rows: 0..5, table: 0..2 }, Slice { rows: 5..6, table: 2..4 }],
+        slices: vec![
+            Slice { rows: 0..5, table: 0..2, gate: None },
+            Slice { rows: 5..6, table: 2..4, gate: None },
+        ],
         block_tables: vec![7, 0, 3, 1],
+        adapters: Vec::new(),
         samples: vec![sample(4, Params::default()), sample(5, Params::default())],
         scores: vec![ScoreRow { row: 0, target: 2, top: 3 }],
     }

@@ -191,8 +191,9 @@ fn greedy(runner: &mut impl Runner, ids: &[u32], end: u32) -> Vec<u32> {
         };
         let input = StepInput {
             positions: (first..first + rows.len() as u32).collect(),
-            slices: vec![Slice { rows: 0..rows.len(), table: 0..blocks }],
+            slices: vec![Slice { rows: 0..rows.len(), table: 0..blocks, gate: None }],
             block_tables: (0..blocks as u32).collect(),
+            adapters: Vec::new(),
             samples: vec![sample],
             scores: Vec::new(),
             tokens: rows.clone(),
