@@ -5,8 +5,9 @@
 
 use shoal::engine::blocks::BlockPool;
 use shoal::engine::plan::Plan;
+use shoal::engine::prefix::Variant;
 use shoal::engine::scheduler::{Limits, Scheduler, TaskLimits};
-use shoal::engine::{Job, Seq, Settings, State, start};
+use shoal::engine::{Content, Job, Seq, Settings, State, start};
 use shoal::ids::{SeqId, TaskId};
 use shoal::metrics::Metrics;
 use shoal::model::step::{Capacity, Runner, Sampled, StepError, StepInput, StepOutput};
@@ -18,10 +19,27 @@ use std::time::{Duration, Instant};
 
 const BLOCK: usize = 16;
 
-fn scheduler(tasks: usize, running: usize, blocks: usize) -> Scheduler<usize> {
+/// A sequence's length at its end; it shares nothing.
+struct Last(usize);
+
+impl Content for Last {
+    fn variant(&self) -> Variant {
+        Variant::default()
+    }
+
+    fn tokens(&self) -> &[u32] {
+        &[]
+    }
+
+    fn skippable(&self) -> usize {
+        0
+    }
+}
+
+fn scheduler(tasks: usize, running: usize, blocks: usize) -> Scheduler<Last> {
     let tasks = vec![TaskLimits { weight: 1.0, max_batch: running }; tasks];
     let limits = Limits { max_rows: 512, max_running: running, prefill_chunk: 256, tasks };
-    Scheduler::new(limits, BlockPool::new(blocks, BLOCK))
+    Scheduler::new(limits, BlockPool::new(blocks, BLOCK, true))
 }
 
 /// Keeps `running` sequences busy and `waiting` queued, each with `prompt` tokens and `new` to come, and
@@ -39,7 +57,7 @@ fn churn(name: &str, tasks: usize, running: usize, waiting: usize, blocks: usize
             let due = epoch + Duration::from_micros(next);
             // The length at the end differs, so that sequences do not move in step.
             let last = prompt + new / 2 + next as usize * 7 % new;
-            scheduler.add(Seq::new(SeqId(next), task, due, prompt, last));
+            scheduler.add(Seq::new(SeqId(next), task, due, prompt, Last(last)));
             next += 1;
         }
         let begin: Instant = now();
@@ -51,7 +69,7 @@ fn churn(name: &str, tasks: usize, running: usize, waiting: usize, blocks: usize
             scheduler.advance(chunk.slot, chunk.rows);
             let (len, last, pending) = {
                 let seq = scheduler.seq(chunk.slot);
-                (seq.len, seq.body, seq.pending())
+                (seq.len, seq.body.0, seq.pending())
             };
             match pending {
                 0 if len < last => scheduler.grow(chunk.slot),
@@ -107,18 +125,10 @@ fn engine(streams: usize) {
     while handle.state() == State::Loading {
         std::thread::yield_now();
     }
+    let sampling = Arc::new(Params::default().sampling());
     let job = |n: usize| Job {
-        task: TaskId(0),
-        tokens: vec![1; 24],
-        sampling: Arc::new(Params::default().sampling()),
         seed: n as u64,
-        max_new: tokens,
-        min_new: 0,
-        stop_ids: Arc::new([]),
-        score_prompt: None,
-        arrived: now(),
-        deadline: None,
-        first_token_deadline: None,
+        ..Job::new(TaskId(0), vec![1; 24], sampling.clone(), tokens, now())
     };
     let begin = now();
     let events = handle.submit_all((0..streams).map(job).collect());

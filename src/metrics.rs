@@ -1,20 +1,20 @@
 //! Every metric: one struct, one registration. Names and buckets follow the Prometheus conventions
 //! (base units, bounded labels); the only label that grows with a deployment is `task`.
 //!
-//! The core feeds the engine's part, the shell the requests' part; nobody else registers anything.
+//! The core feeds the engine's part, the shell the requests' part; nobody else registers anything. What a
+//! deployment cannot feed (experts, adapters) is registered only where it can.
+
+mod request;
+
+pub use request::RequestMeter;
 
 use crate::ids::TaskId;
-use crate::task::Task;
-use crate::telemetry::now;
 use prometheus::core::Collector;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
-use serde_json::Value;
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 /// Latency buckets in seconds: from 0.5 ms, because small models are fast.
 const SECONDS: &[f64] =
@@ -29,9 +29,10 @@ const WORDS: &[f64] = &[0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0];
 /// All of Shoal's metrics.
 pub struct Metrics {
     registry: Registry,
-    tasks: Vec<TaskMetrics>,
+    families: TaskFamilies,
+    /// By id.
+    tasks: RwLock<Vec<Arc<TaskMetrics>>>,
     requests: IntCounterVec,
-    task_names: Vec<String>,
     slo: IntCounterVec,
     /// Sequences in the running batch.
     pub running: IntGauge,
@@ -53,12 +54,48 @@ pub struct Metrics {
     pub preemptions: IntCounter,
     /// Seconds that the work accepted so far will take at the measured rate.
     pub backlog: Gauge,
+    /// Tokens of starting sequences that were looked for in the prefix cache.
+    pub prefix_queries: IntCounter,
+    /// How many of them were there.
+    pub prefix_hits: IntCounter,
+    router: OnceLock<RouterMetrics>,
+    adapters: OnceLock<AdapterMetrics>,
     startup: prometheus::GaugeVec,
 }
 
+/// Where rows went, of a model with experts.
+pub struct RouterMetrics {
+    /// Rows by group of layers, expert and task.
+    pub expert_rows: IntCounterVec,
+    /// Entropy of the gates' softmax over its largest possible value, mean of the last step's rows.
+    pub gate_entropy: Gauge,
+    /// Entropy of the experts' recent shares of the rows over its largest possible value: 1 is even.
+    pub balance: Gauge,
+}
+
+/// What happens to adapters.
+pub struct AdapterMetrics {
+    /// Seconds to load one, successful or not.
+    pub load_seconds: Histogram,
+    /// Loads by outcome: `ok` or `error`.
+    pub loads: IntCounterVec,
+    /// Adapters given up to make room for others.
+    pub evictions: IntCounter,
+    /// Adapters that can be asked for.
+    pub resident: IntGauge,
+    /// Their bytes in memory.
+    pub resident_bytes: IntGauge,
+    /// Always 1; name, generation, kind and rank are in the labels.
+    pub info: IntGaugeVec,
+}
+
 /// The metrics of one task.
-#[derive(Clone)]
+#[derive(Debug)]
 pub struct TaskMetrics {
+    /// Its name, the value of the label.
+    pub name: String,
+    /// Rows (tokens) computed.
+    pub rows: IntCounter,
     /// Arrival to first step.
     pub queue: Histogram,
     /// First step to first token.
@@ -128,8 +165,11 @@ impl Metrics {
         );
         let build = register(r, build.expect("constant options are valid"));
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        let families = TaskFamilies::new(r);
+        let tasks = task_names.iter().map(|name| Arc::new(families.of(name))).collect();
         Self {
-            tasks: task_metrics(r, task_names),
+            tasks: RwLock::new(tasks),
+            families,
             requests: counters(
                 r,
                 "shoal_requests_total",
@@ -142,7 +182,6 @@ impl Metrics {
                 "Requests of tasks with a latency objective, by whether it was met.",
                 &["task", "slo", "met"],
             ),
-            task_names: task_names.to_vec(),
             running: single!(
                 IntGauge,
                 r,
@@ -173,27 +212,63 @@ impl Metrics {
                 "shoal_backlog_seconds",
                 "Seconds that the accepted work will take at the measured rate."
             ),
+            prefix_queries: single!(
+                IntCounter,
+                r,
+                "shoal_prefix_cache_queries_tokens_total",
+                "Tokens of starting sequences looked for in the prefix cache."
+            ),
+            prefix_hits: single!(
+                IntCounter,
+                r,
+                "shoal_prefix_cache_hits_tokens_total",
+                "Tokens of starting sequences found in the prefix cache."
+            ),
+            router: OnceLock::new(),
+            adapters: OnceLock::new(),
             startup: register(r, startup.expect("constant options are valid")),
             registry,
         }
     }
 
     /// The metrics of one task.
-    pub fn task(&self, id: TaskId) -> &TaskMetrics {
-        &self.tasks[usize::from(id.0)]
+    pub fn task(&self, id: TaskId) -> Arc<TaskMetrics> {
+        self.tasks.read().unwrap_or_else(PoisonError::into_inner)[usize::from(id.0)].clone()
+    }
+
+    /// The metrics of all tasks, in the order of their ids.
+    pub fn all_tasks(&self) -> Vec<Arc<TaskMetrics>> {
+        self.tasks.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Registers one more task; its id is the next one.
+    pub fn add_task(&self, name: &str) -> Arc<TaskMetrics> {
+        let task = Arc::new(self.families.of(name));
+        self.tasks.write().unwrap_or_else(PoisonError::into_inner).push(task.clone());
+        task
     }
 
     /// Counts a request that ended with `outcome`; `None` is a request whose task is unknown.
     pub fn count_request(&self, task: Option<TaskId>, outcome: &str) {
-        let task = task.map_or("other", |id| self.task_names[usize::from(id.0)].as_str());
-        self.requests.with_label_values(&[task, outcome]).inc();
+        let task = task.map(|id| self.task(id));
+        let name = task.as_ref().map_or("other", |task| task.name.as_str());
+        self.requests.with_label_values(&[name, outcome]).inc();
     }
 
     /// Counts a request against its task's objective `slo` (such as `ttft`).
     pub fn count_slo(&self, task: TaskId, slo: &str, met: bool) {
         let met = if met { "true" } else { "false" };
-        let task = self.task_names[usize::from(task.0)].as_str();
-        self.slo.with_label_values(&[task, slo, met]).inc();
+        self.slo.with_label_values(&[self.task(task).name.as_str(), slo, met]).inc();
+    }
+
+    /// The metrics of experts, registered when first asked for.
+    pub fn router(&self) -> &RouterMetrics {
+        self.router.get_or_init(|| RouterMetrics::new(&self.registry))
+    }
+
+    /// The metrics of adapters, registered when first asked for.
+    pub fn adapters(&self) -> &AdapterMetrics {
+        self.adapters.get_or_init(|| AdapterMetrics::new(&self.registry))
     }
 
     /// Records how long a phase of start-up took.
@@ -225,220 +300,125 @@ fn per_phase(r: &Registry) -> HistogramVec {
     register(r, HistogramVec::new(opts, &["phase"]).expect("constant options are valid"))
 }
 
-fn task_metrics(r: &Registry, names: &[String]) -> Vec<TaskMetrics> {
-    let queue = per_task(r, "shoal_request_queue_seconds", "Arrival to first step.", SECONDS);
-    let prefill =
-        per_task(r, "shoal_request_prefill_seconds", "First step to first token.", SECONDS);
-    let ttft = per_task(r, "shoal_time_to_first_token_seconds", "Arrival to first token.", SECONDS);
-    let inter_token =
-        per_task(r, "shoal_inter_token_seconds", "Between two tokens of a sequence.", INTER_TOKEN);
-    let duration = per_task(r, "shoal_request_duration_seconds", "Arrival to last byte.", SECONDS);
-    let prompt = per_task(r, "shoal_request_prompt_tokens", "Tokens per prompt.", TOKENS);
-    let generated = per_task(r, "shoal_request_generated_tokens", "Tokens per reply.", TOKENS);
-    let length_error = per_task(
-        r,
-        "shoal_length_error_words",
-        "Absolute difference between words asked for and words given.",
-        WORDS,
-    );
-    let running = gauges(r, "shoal_task_requests_running", "Sequences in the running batch.");
-    let waiting = gauges(r, "shoal_task_requests_waiting", "Sequences waiting to run.");
-    names
-        .iter()
-        .map(|name| {
-            let l = &[name.as_str()];
-            TaskMetrics {
-                queue: queue.with_label_values(l),
-                prefill: prefill.with_label_values(l),
-                ttft: ttft.with_label_values(l),
-                inter_token: inter_token.with_label_values(l),
-                duration: duration.with_label_values(l),
-                prompt_tokens: prompt.with_label_values(l),
-                generated_tokens: generated.with_label_values(l),
-                length_error: length_error.with_label_values(l),
-                running: running.with_label_values(l),
-                waiting: waiting.with_label_values(l),
-            }
-        })
-        .collect()
-}
-
-/// Watches one request and records it when dropped, exactly once. A request that nobody
-/// [ended](RequestMeter::end) was cancelled.
-pub struct RequestMeter {
-    metrics: Arc<Metrics>,
-    arrived: Instant,
-    task: Option<TaskId>,
-    /// The task's objective for the first token.
-    objective: Option<Duration>,
-    /// The wanted number of words.
-    wanted_words: Option<i64>,
-    words: Vec<u32>,
-    first_token: Option<Instant>,
-    generated_tokens: u32,
-    outcome: Option<&'static str>,
-    /// Tokens of the prompts; `None` while the engine has not accepted them.
-    pub prompt_tokens: Option<u32>,
-}
-
-impl RequestMeter {
-    /// Begins to watch a request that came in at `arrived`.
-    pub fn new(metrics: Arc<Metrics>, arrived: Instant) -> Self {
+impl RouterMetrics {
+    fn new(r: &Registry) -> Self {
         Self {
-            metrics,
-            arrived,
-            task: None,
-            objective: None,
-            wanted_words: None,
-            words: Vec::new(),
-            first_token: None,
-            generated_tokens: 0,
-            outcome: None,
-            prompt_tokens: None,
-        }
-    }
-
-    /// The request is for `task`, with these controls.
-    pub fn task(&mut self, task: &Task, controls: &BTreeMap<String, Value>) {
-        self.task = Some(task.id);
-        self.objective = task.slo.ttft_ms.map(|ms| Duration::from_secs_f64(ms / 1000.0));
-        let usual = || task.controls.get("words")?.default.as_ref()?.parse().ok();
-        self.wanted_words = match controls.get("words") {
-            Some(given) => given.as_i64(),
-            None => usual(),
-        };
-    }
-
-    /// A token came out.
-    pub fn token(&mut self) {
-        self.first_token.get_or_insert_with(now);
-        self.generated_tokens += 1;
-    }
-
-    /// A text ended with this many words.
-    pub fn text(&mut self, words: u32) {
-        self.words.push(words);
-    }
-
-    /// The request ended; the first outcome counts.
-    pub fn end(&mut self, outcome: &'static str) {
-        self.outcome.get_or_insert(outcome);
-    }
-
-    /// Whether the first token met the objective, or the end did where no token was wanted; `None`
-    /// where the client left before it was due.
-    fn met(&self, objective: Duration, ended: Instant) -> Option<bool> {
-        let due = self.arrived + objective;
-        match (self.first_token, self.outcome) {
-            (Some(at), _) => Some(at <= due),
-            (None, Some("ok")) => Some(ended <= due),
-            (None, None) if ended < due => None,
-            (None, _) => Some(false),
+            expert_rows: counters(
+                r,
+                "shoal_router_expert_tokens_total",
+                "Tokens that went to an expert, by third of the layers, expert and task.",
+                &["layer_group", "expert", "task"],
+            ),
+            gate_entropy: single!(
+                Gauge,
+                r,
+                "shoal_router_gate_entropy_ratio",
+                "Entropy of the gates over its maximum, mean of the last step."
+            ),
+            balance: single!(
+                Gauge,
+                r,
+                "shoal_router_balance_ratio",
+                "Entropy of the experts' recent load over its maximum; 1 is even."
+            ),
         }
     }
 }
 
-impl Drop for RequestMeter {
-    fn drop(&mut self) {
-        self.metrics.count_request(self.task, self.outcome.unwrap_or("cancelled"));
-        let (Some(id), Some(prompt_tokens)) = (self.task, self.prompt_tokens) else { return };
-        let ended = now();
-        let task = self.metrics.task(id);
-        task.duration.observe((ended - self.arrived).as_secs_f64());
-        task.prompt_tokens.observe(f64::from(prompt_tokens));
-        task.generated_tokens.observe(f64::from(self.generated_tokens));
-        if let Some(wanted) = self.wanted_words {
-            for &words in &self.words {
-                task.length_error.observe((i64::from(words) - wanted).unsigned_abs() as f64);
-            }
-        }
-        if let Some(met) = self.objective.and_then(|objective| self.met(objective, ended)) {
-            self.metrics.count_slo(id, "ttft", met);
+impl AdapterMetrics {
+    fn new(r: &Registry) -> Self {
+        let info = Opts::new("shoal_adapters_info", "Always 1 for each adapter that is loaded.");
+        let info = IntGaugeVec::new(info, &["adapter", "generation", "kind", "rank"]);
+        Self {
+            load_seconds: histogram(
+                r,
+                "shoal_adapter_load_seconds",
+                "Seconds to load an adapter.",
+                SECONDS,
+            ),
+            loads: counters(r, "shoal_adapter_loads_total", "Loads by outcome.", &["outcome"]),
+            evictions: single!(
+                IntCounter,
+                r,
+                "shoal_adapter_evictions_total",
+                "Adapters given up to make room for others."
+            ),
+            resident: single!(IntGauge, r, "shoal_adapters_resident", "Adapters loaded."),
+            resident_bytes: single!(
+                IntGauge,
+                r,
+                "shoal_adapters_resident_bytes",
+                "Memory that loaded adapters take."
+            ),
+            info: register(r, info.expect("constant options are valid")),
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::request::Params;
-    use crate::task::{Control, ControlKind, Limits, Slo};
+/// The metrics that there are once per task.
+struct TaskFamilies {
+    rows: IntCounterVec,
+    queue: HistogramVec,
+    prefill: HistogramVec,
+    ttft: HistogramVec,
+    inter_token: HistogramVec,
+    duration: HistogramVec,
+    prompt: HistogramVec,
+    generated: HistogramVec,
+    length_error: HistogramVec,
+    running: IntGaugeVec,
+    waiting: IntGaugeVec,
+}
 
-    fn task() -> Task {
-        Task {
-            id: TaskId(0),
-            name: "image".into(),
-            description: String::new(),
-            template: String::new(),
-            adapter: None,
-            controls: BTreeMap::new(),
-            defaults: Params::default(),
-            limits: Limits::default(),
-            slo: Slo { ttft_ms: Some(1e6), ..Slo::default() },
+impl TaskFamilies {
+    fn new(r: &Registry) -> Self {
+        let (ttft, inter_token) =
+            ("shoal_time_to_first_token_seconds", "shoal_inter_token_seconds");
+        Self {
+            rows: counters(r, "shoal_task_rows_total", "Rows (tokens) computed.", &["task"]),
+            queue: per_task(r, "shoal_request_queue_seconds", "Arrival to first step.", SECONDS),
+            prefill: per_task(
+                r,
+                "shoal_request_prefill_seconds",
+                "First step to first token.",
+                SECONDS,
+            ),
+            ttft: per_task(r, ttft, "Arrival to first token.", SECONDS),
+            inter_token: per_task(r, inter_token, "Between two tokens of a sequence.", INTER_TOKEN),
+            duration: per_task(
+                r,
+                "shoal_request_duration_seconds",
+                "Arrival to last byte.",
+                SECONDS,
+            ),
+            prompt: per_task(r, "shoal_request_prompt_tokens", "Tokens per prompt.", TOKENS),
+            generated: per_task(r, "shoal_request_generated_tokens", "Tokens per reply.", TOKENS),
+            length_error: per_task(
+                r,
+                "shoal_length_error_words",
+                "Absolute difference between words asked for and words given.",
+                WORDS,
+            ),
+            running: gauges(r, "shoal_task_requests_running", "Sequences in the running batch."),
+            waiting: gauges(r, "shoal_task_requests_waiting", "Sequences waiting to run."),
         }
     }
 
-    fn meter(metrics: &Arc<Metrics>) -> RequestMeter {
-        let mut meter = RequestMeter::new(metrics.clone(), now());
-        meter.task(&task(), &[("words".to_string(), 9.into())].into());
-        meter.prompt_tokens = Some(3);
-        meter
-    }
-
-    #[test]
-    fn a_request_is_recorded_once_with_its_first_outcome() {
-        let metrics = Arc::new(Metrics::new(&["image".to_string()]));
-        let mut ok = meter(&metrics);
-        ok.token();
-        ok.text(7);
-        ok.end("ok");
-        ok.end("internal");
-        drop(ok);
-        drop(meter(&metrics));
-        drop(RequestMeter::new(metrics.clone(), now()));
-        let page = String::from_utf8(metrics.render()).unwrap();
-        for line in [
-            "shoal_requests_total{outcome=\"ok\",task=\"image\"} 1",
-            "shoal_requests_total{outcome=\"cancelled\",task=\"image\"} 1",
-            "shoal_requests_total{outcome=\"cancelled\",task=\"other\"} 1",
-            "shoal_slo_requests_total{met=\"true\",slo=\"ttft\",task=\"image\"} 1",
-            "shoal_length_error_words_sum{task=\"image\"} 2",
-            "shoal_request_prompt_tokens_sum{task=\"image\"} 6",
-        ] {
-            assert!(page.lines().any(|l| l == line), "{line} is not in\n{page}");
+    fn of(&self, name: &str) -> TaskMetrics {
+        let l = &[name];
+        TaskMetrics {
+            name: name.to_owned(),
+            rows: self.rows.with_label_values(l),
+            queue: self.queue.with_label_values(l),
+            prefill: self.prefill.with_label_values(l),
+            ttft: self.ttft.with_label_values(l),
+            inter_token: self.inter_token.with_label_values(l),
+            duration: self.duration.with_label_values(l),
+            prompt_tokens: self.prompt.with_label_values(l),
+            generated_tokens: self.generated.with_label_values(l),
+            length_error: self.length_error.with_label_values(l),
+            running: self.running.with_label_values(l),
+            waiting: self.waiting.with_label_values(l),
         }
-        assert!(!page.contains("met=\"false\""), "who left early says nothing of the objective");
-    }
-
-    #[test]
-    fn an_answer_without_tokens_meets_its_objective_by_its_end() {
-        for (objective, met) in [(1e6, "true"), (1e-6, "false")] {
-            let metrics = Arc::new(Metrics::new(&["image".to_string()]));
-            let mut meter = RequestMeter::new(metrics.clone(), now());
-            let slo = Slo { ttft_ms: Some(objective), ..Slo::default() };
-            meter.task(&Task { slo, ..task() }, &BTreeMap::new());
-            meter.prompt_tokens = Some(3);
-            meter.end("ok");
-            drop(meter);
-            let page = String::from_utf8(metrics.render()).unwrap();
-            let line =
-                format!("shoal_slo_requests_total{{met=\"{met}\",slo=\"ttft\",task=\"image\"}} 1");
-            assert!(page.contains(&line), "{page}");
-        }
-    }
-
-    #[test]
-    fn the_wanted_length_may_be_the_tasks_own() {
-        let metrics = Arc::new(Metrics::new(&["image".to_string()]));
-        let kind = ControlKind::Integer { minimum: 3, maximum: 60 };
-        let words = Control { kind, token: "<|words:{}|>".into(), default: Some("20".into()) };
-        let mut meter = RequestMeter::new(metrics.clone(), now());
-        let task = Task { controls: [("words".to_string(), words)].into(), ..task() };
-        meter.task(&task, &BTreeMap::new());
-        meter.prompt_tokens = Some(3);
-        meter.text(15);
-        drop(meter);
-        let page = String::from_utf8(metrics.render()).unwrap();
-        assert!(page.contains("shoal_length_error_words_sum{task=\"image\"} 5"), "{page}");
     }
 }

@@ -270,6 +270,15 @@ pub struct TokenLogprob {
     pub top: Vec<(u32, f32)>,
 }
 
+/// Where the tokens of one text went, in one layer of experts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertUse {
+    /// The transformer block.
+    pub layer: usize,
+    /// Rows that each expert computed, prompt and output together.
+    pub rows: Vec<u64>,
+}
+
 /// Where the time of one sequence went.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Timing {

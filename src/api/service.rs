@@ -222,6 +222,9 @@ impl Service {
                 let job = Job {
                     task: task.id,
                     tokens: prompt.tokens.clone(),
+                    adapters: None,
+                    gate: None,
+                    report_experts: false,
                     sampling: sampling.clone(),
                     seed: choice_seed(seed, choice),
                     max_new: lengths.max_new,

@@ -297,7 +297,7 @@ impl Ticket {
                     return Ok(None);
                 }
             }
-            Event::Done { finish, timing } => {
+            Event::Done { finish, timing, .. } => {
                 chunk = choice.last.take().unwrap_or(chunk);
                 let held = choice.decoder.finish();
                 choice.words.read(&held);

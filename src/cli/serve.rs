@@ -86,6 +86,7 @@ fn start_engine(
         max_running: batching.max_running.min(batching.max_rows),
         max_waiting: batching.max_waiting,
         prefill_chunk: batching.prefill_chunk,
+        ..Settings::default()
     };
     let (dtype, block_size) = (args.compute.dtype, batching.block_size);
     let bytes_per_token = bundle.kv_bytes_per_token(dtype, block_size);

@@ -5,6 +5,7 @@
 //!
 //! A step that fails takes its own sequences with it and no others; three in a row end the engine.
 
+use super::experts::ExpertMeter;
 use super::handle::{Admitted, Command, Shared};
 use super::meter::Meter;
 use super::plan::{Chunk, Plan};
@@ -12,9 +13,9 @@ use super::scheduler::{Limits, Scheduler, Slot, TaskLimits};
 use super::seq::{Body, Seq};
 use super::{Event, Settings, blocks::BlockPool};
 use crate::error::{Error, Kind};
-use crate::ids::{SeqId, TaskId};
-use crate::metrics::Metrics;
-use crate::model::step::{Runner, Sampled, StepError, StepInput, StepOutput};
+use crate::ids::SeqId;
+use crate::metrics::{Metrics, TaskMetrics};
+use crate::model::step::{Routing, Runner, Sampled, StepError, StepInput, StepOutput};
 use crate::request::{Finish, TokenLogprob};
 use crate::task::TaskTable;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -32,6 +33,10 @@ pub(super) struct Core<R> {
     vocab: usize,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
+    /// By task id.
+    task_metrics: Vec<Arc<TaskMetrics>>,
+    /// For a model with experts.
+    experts: Option<ExpertMeter>,
     meter: Meter,
     /// Failed steps in a row.
     failures: u32,
@@ -51,17 +56,18 @@ impl<R: Runner> Core<R> {
         shared: Arc<Shared>,
     ) -> Self {
         let capacity = runner.capacity();
-        let of_task =
-            |slo: &crate::task::Slo| TaskLimits { weight: slo.weight, max_batch: slo.max_batch };
         let limits = Limits {
             max_rows: settings.max_rows,
             max_running: settings.max_running,
             prefill_chunk: settings.prefill_chunk,
-            tasks: tasks.iter().map(|task| of_task(&task.slo)).collect(),
+            tasks: tasks.iter().map(|task| TaskLimits::from(&task.slo)).collect(),
         };
         let meter = Meter::new(limits.tasks.len());
-        let pool = BlockPool::new(capacity.blocks, capacity.block_size);
+        let pool = BlockPool::new(capacity.blocks, capacity.block_size, settings.prefix_cache);
+        let experts = runner.experts();
         Self {
+            experts: experts.map(|experts| ExpertMeter::new(experts, metrics.clone())),
+            task_metrics: metrics.all_tasks(),
             runner,
             scheduler: Scheduler::new(limits, pool),
             vocab: capacity.vocab,
@@ -116,6 +122,8 @@ impl<R: Runner> Core<R> {
         }
         self.drop_cancelled_and_late(begin);
         self.scheduler.plan(&mut self.plan);
+        // What a step is about to run is running, however long it takes.
+        self.publish();
         let result = if self.plan.chunks.is_empty() { Ok(()) } else { self.step(begin, clock) };
         if cfg!(debug_assertions) {
             self.scheduler.check_invariants();
@@ -127,6 +135,11 @@ impl<R: Runner> Core<R> {
     fn obey(&mut self, command: Command, now: Instant) {
         match command {
             Command::Run(jobs) => jobs.into_iter().for_each(|job| self.accept(job, now)),
+            Command::AddTask(limits, metrics) => {
+                self.scheduler.add_task(&limits);
+                self.meter.add_task();
+                self.task_metrics.push(metrics);
+            }
             Command::Drain => self.draining = true,
         }
     }
@@ -142,8 +155,8 @@ impl<R: Runner> Core<R> {
                     let scores = std::mem::take(&mut body.scores);
                     body.reply.send(Event::Prompt(scores));
                 }
-                let timing = body.timing(now);
-                body.reply.end(Event::Done { finish: Finish::Length, timing });
+                let (finish, timing) = (Finish::Length, body.timing(now));
+                body.reply.end(Event::Done { finish, timing, experts: Vec::new() });
             }
             rows => {
                 self.scheduler.add(Seq::new(SeqId::next(), task, due, rows, body));
@@ -181,9 +194,11 @@ impl<R: Runner> Core<R> {
         for chunk in &self.plan.chunks {
             let seq = self.scheduler.seq_mut(chunk.slot);
             prefills |= chunk.rows > 1 || seq.body.generated() == 0;
+            let metrics = &self.task_metrics[usize::from(chunk.task.0)];
+            metrics.rows.inc_by(chunk.rows as u64);
             if let Some(queued) = seq.body.step_started(begin) {
                 self.meter.started(chunk.task);
-                self.metrics.task(chunk.task).queue.observe(queued.as_secs_f64());
+                metrics.queue.observe(queued.as_secs_f64());
             }
         }
         self.plan.write(&self.scheduler, &mut self.input);
@@ -210,6 +225,9 @@ impl<R: Runner> Core<R> {
         let output =
             catch_unwind(step).unwrap_or_else(|panic| Err(panic_message(&*panic).into()))?;
         check_output(&self.input, &output, self.vocab)?;
+        if let Some(experts) = &self.experts {
+            experts.check(&output.routing, self.input.tokens.len())?;
+        }
         Ok(output)
     }
 
@@ -217,6 +235,7 @@ impl<R: Runner> Core<R> {
         let mut sampled = output.sampled.into_iter();
         let mut scored = output.scored.into_iter();
         let chunks = std::mem::take(&mut self.plan.chunks);
+        self.take_routing(&chunks, &output.routing);
         for chunk in &chunks {
             self.take_scores(chunk, &mut scored);
             let seq = self.scheduler.seq(chunk.slot);
@@ -233,6 +252,20 @@ impl<R: Runner> Core<R> {
         self.plan.chunks = chunks;
     }
 
+    /// Counts where the rows went, for the metrics and for those who asked.
+    fn take_routing(&mut self, chunks: &[Chunk], routing: &Routing) {
+        let Some(meter) = &mut self.experts else { return };
+        let ranges = chunks.iter().zip(&self.input.slices).map(|(c, s)| (c.task, s.rows.clone()));
+        let ranges: Vec<_> = ranges.collect();
+        meter.observe(routing, &ranges);
+        for (chunk, (_, range)) in chunks.iter().zip(ranges) {
+            let body = &mut self.scheduler.seq_mut(chunk.slot).body;
+            if body.job.report_experts {
+                meter.add(&mut body.experts, routing, self.input.tokens.len(), range);
+            }
+        }
+    }
+
     /// Collects the scores of a chunk's prompt positions, and sends them when they are all there.
     fn take_scores(&mut self, chunk: &Chunk, scored: &mut impl Iterator<Item = TokenLogprob>) {
         let body = &mut self.scheduler.seq_mut(chunk.slot).body;
@@ -246,7 +279,7 @@ impl<R: Runner> Core<R> {
 
     fn take_token(&mut self, chunk: &Chunk, token: Sampled, now: Instant) {
         let body = &mut self.scheduler.seq_mut(chunk.slot).body;
-        let metrics = self.metrics.task(chunk.task);
+        let metrics = &self.task_metrics[usize::from(chunk.task.0)];
         let gap = body.token_came(now);
         let timing = body.timing(now);
         if let Some(gap) = gap {
@@ -267,10 +300,10 @@ impl<R: Runner> Core<R> {
     }
 
     fn finish(&mut self, slot: Slot, finish: Finish, now: Instant) {
-        let body = self.scheduler.remove(slot).body;
+        let mut body = self.scheduler.remove(slot).body;
         self.meter.ended(body.generated(), body.job.max_new as usize);
-        let timing = body.timing(now);
-        body.reply.end(Event::Done { finish, timing });
+        let (timing, experts) = (body.timing(now), std::mem::take(&mut body.experts));
+        body.reply.end(Event::Done { finish, timing, experts });
     }
 
     fn fail(&mut self, error: StepError) -> Result<(), StepError> {
@@ -297,6 +330,8 @@ impl<R: Runner> Core<R> {
         metrics.batch_size.observe(self.plan.chunks.len() as f64);
         metrics.step_rows.observe(self.input.tokens.len() as f64);
         metrics.preemptions.inc_by(self.plan.preempted as u64);
+        metrics.prefix_queries.inc_by(self.plan.prefix_queried as u64);
+        metrics.prefix_hits.inc_by(self.plan.prefix_hit as u64);
     }
 
     fn publish(&self) {
@@ -305,8 +340,7 @@ impl<R: Runner> Core<R> {
         metrics.waiting.set(scheduler.waiting() as i64);
         let pool = scheduler.pool();
         metrics.kv_usage.set(pool.used() as f64 / pool.total() as f64);
-        for (index, (running, waiting)) in scheduler.task_counts().enumerate() {
-            let task = metrics.task(TaskId(index as u16));
+        for (task, (running, waiting)) in self.task_metrics.iter().zip(scheduler.task_counts()) {
             task.running.set(running as i64);
             task.waiting.set(waiting as i64);
         }

@@ -1,10 +1,12 @@
 //! A pretend model at seam 2, for tests of sockets and scheduling without weights. It ignores seeds,
 //! temperatures and penalties.
 //!
-//! Its "KV cache" holds the tokens themselves, in the blocks that the step names, and its next token is a
-//! pure function of what it reads back from there. So a wrong block, a skipped row or a stale position
-//! changes the text, just as it would with a real model, and [`FakeRunner::alone`] says what it should be.
+//! Its "KV cache" holds the tokens themselves and what adapters and gate wrote them, in the blocks that the
+//! step names, and its next token is a pure function of what it reads back from there. So a wrong block, a
+//! skipped row or a stale position changes the text, just as it would with a real model, and
+//! [`FakeRunner::alone`] says what it should be. What other adapters left behind is an error.
 
+use super::prefix::Variant;
 use crate::model::step::{
     Capacity, Runner, SampleRow, Sampled, ScoreRow, Slice, StepError, StepInput, StepOutput,
 };
@@ -19,8 +21,8 @@ pub type Model = Box<dyn Fn(&[u32]) -> u32 + Send>;
 /// A deterministic pretend model.
 pub struct FakeRunner {
     capacity: Capacity,
-    /// Token and position in each slot of each block.
-    cache: Vec<Option<(u32, u32)>>,
+    /// Token, position and variant in each slot of each block.
+    cache: Vec<Option<(u32, u32, Variant)>>,
     model: Model,
     hooks: Vec<Hook>,
     steps: usize,
@@ -97,10 +99,22 @@ impl FakeRunner {
         min_new: usize,
         stop_ids: &[u32],
     ) -> Vec<u32> {
+        self.alone_as(Variant::default(), prompt, max_new, min_new, stop_ids)
+    }
+
+    /// The same with adapters or a gate.
+    pub fn alone_as(
+        &self,
+        variant: Variant,
+        prompt: &[u32],
+        max_new: usize,
+        min_new: usize,
+        stop_ids: &[u32],
+    ) -> Vec<u32> {
         let mut tokens = prompt.to_vec();
         for index in 0..max_new {
             let banned = if index < min_new { stop_ids } else { &[] };
-            let next = self.next(&tokens, banned);
+            let next = self.next(variant, &tokens, banned);
             if stop_ids.contains(&next) {
                 break;
             }
@@ -110,8 +124,8 @@ impl FakeRunner {
     }
 
     /// The log-probability that it pretends for `target` after `tokens`.
-    pub fn score(&self, tokens: &[u32], target: u32, top: u32) -> TokenLogprob {
-        let context = hash(tokens);
+    pub fn score(&self, variant: Variant, tokens: &[u32], target: u32, top: u32) -> TokenLogprob {
+        let context = hash(tokens) ^ accent(variant);
         let likely = |token| -0.01 * (1 + (context ^ u64::from(token)) % 1000) as f32;
         let vocab = self.capacity.vocab as u32;
         let mut best: Vec<_> = (0..vocab.min(64)).map(|token| (token, likely(token))).collect();
@@ -120,8 +134,10 @@ impl FakeRunner {
         TokenLogprob { token: target, logprob: likely(target), top: best }
     }
 
-    fn next(&self, tokens: &[u32], banned: &[u32]) -> u32 {
-        let mut token = (self.model)(tokens);
+    fn next(&self, variant: Variant, tokens: &[u32], banned: &[u32]) -> u32 {
+        let vocab = self.capacity.vocab as u64;
+        let mut token =
+            ((u64::from((self.model)(tokens)) + accent(variant) % vocab) % vocab) as u32;
         while banned.contains(&token) {
             token = (token + 1) % self.capacity.vocab as u32;
         }
@@ -141,25 +157,27 @@ impl FakeRunner {
                 let position = input.positions[row];
                 let place = self.place(input, slice, position)?;
                 let slot = self.cache.get_mut(place).ok_or("block beyond the pool")?;
-                *slot = Some((input.tokens[row], position));
+                *slot = Some((input.tokens[row], position, variant_of(input, slice)));
             }
         }
         Ok(())
     }
 
-    /// The tokens that `row` attends to, read back through its block table.
-    fn read(&self, input: &StepInput, row: usize) -> Result<Vec<u32>, StepError> {
+    /// The tokens that `row` attends to, read back through its block table, and who reads.
+    fn read(&self, input: &StepInput, row: usize) -> Result<(Variant, Vec<u32>), StepError> {
         let slice = input.slices.iter().find(|slice| slice.rows.contains(&row));
         let slice = slice.ok_or("row without a slice")?;
+        let variant = variant_of(input, slice);
         let recall = |position: u32| match self.cache[self.place(input, slice, position)?] {
-            Some((token, written)) if written == position => Ok(token),
+            Some((token, at, writer)) if (at, writer) == (position, variant) => Ok(token),
             other => Err(format!("row {row} finds {other:?} at position {position}").into()),
         };
-        (0..=input.positions[row]).map(recall).collect()
+        let tokens: Result<_, StepError> = (0..=input.positions[row]).map(recall).collect();
+        Ok((variant, tokens?))
     }
 
     fn sample(&self, input: &StepInput, sample: &SampleRow) -> Result<Sampled, StepError> {
-        let tokens = self.read(input, sample.row)?;
+        let (variant, tokens) = self.read(input, sample.row)?;
         let history = if sample.sampling.needs_history() { tokens.as_slice() } else { &[] };
         if history != sample.history {
             return Err("the history is not what the cache holds".into());
@@ -167,13 +185,15 @@ impl FakeRunner {
         if tokens.len() != sample.prompt_len + sample.index as usize {
             return Err("prompt and index do not add up to the position".into());
         }
-        let token = self.next(&tokens, &sample.banned);
-        let logprob = sample.sampling.logprobs.map(|top| self.score(&tokens, token, top));
+        let token = self.next(variant, &tokens, &sample.banned);
+        let logprobs = sample.sampling.logprobs;
+        let logprob = logprobs.map(|top| self.score(variant, &tokens, token, top));
         Ok(Sampled { token, logprob })
     }
 
     fn score_row(&self, input: &StepInput, row: &ScoreRow) -> Result<TokenLogprob, StepError> {
-        Ok(self.score(&self.read(input, row.row)?, row.target, row.top))
+        let (variant, tokens) = self.read(input, row.row)?;
+        Ok(self.score(variant, &tokens, row.target, row.top))
     }
 }
 
@@ -216,6 +236,16 @@ impl StepGate {
             let _ = self.pass.send(());
         }
     }
+}
+
+fn variant_of(input: &StepInput, slice: &Slice) -> Variant {
+    let adapters = input.adapters.iter().find(|a| a.rows.contains(&slice.rows.start));
+    Variant { mix: adapters.map_or(0, |a| a.mix.key), gate: slice.gate }
+}
+
+/// What a variant adds to every token; nothing for the base.
+fn accent(variant: Variant) -> u64 {
+    variant.mix.wrapping_mul(7) + variant.gate.map_or(0, |gate| 3 + u64::from(gate))
 }
 
 /// FNV-1a over the tokens, stirred so that the low bits are as good as the high ones.

@@ -38,6 +38,12 @@ struct Queue {
     drain: Option<f64>,
 }
 
+impl Queue {
+    fn new(max_waiting: usize) -> Self {
+        Self { max_waiting, dues: Vec::new(), drain: None }
+    }
+}
+
 /// When a job wants to run.
 #[derive(Clone, Copy, Debug)]
 pub struct Wish {
@@ -60,10 +66,14 @@ pub struct Permit {
 impl Gate {
     /// A gate for tasks with these queue lengths, and a length over all.
     pub fn new(max_waiting: usize, per_task: impl Iterator<Item = usize>) -> Arc<Self> {
-        let queue = |max_waiting| Queue { max_waiting, dues: Vec::new(), drain: None };
-        let tasks = per_task.map(queue).collect();
+        let tasks = per_task.map(Queue::new).collect();
         let queues = Mutex::new(Queues { waiting: 0, tasks, drain: None });
         Arc::new(Self { max_waiting, queues })
+    }
+
+    /// One more task, with a queue of this length.
+    pub fn add_task(&self, max_waiting: usize) {
+        self.lock().tasks.push(Queue::new(max_waiting));
     }
 
     /// Takes a place in the queue of `task`.

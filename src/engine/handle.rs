@@ -6,12 +6,13 @@
 
 use super::core::Core;
 use super::gate::{Gate, Permit, Wish};
+use super::scheduler::TaskLimits;
 use super::seq::{Reply, earliest};
 use super::{Event, Job, Settings, State};
 use crate::error::{Error, Kind, Result};
-use crate::metrics::Metrics;
-use crate::model::step::{Capacity, Runner, StepError};
-use crate::task::TaskTable;
+use crate::metrics::{Metrics, TaskMetrics};
+use crate::model::step::{Capacity, Experts, Runner, StepError};
+use crate::task::{Slo, TaskTable};
 use crate::telemetry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -29,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) enum Command {
     /// Run these; they arrive together.
     Run(Vec<Admitted>),
+    /// There is one more task.
+    AddTask(TaskLimits, Arc<TaskMetrics>),
     /// Finish what was accepted, then end.
     Drain,
 }
@@ -47,6 +50,7 @@ pub(super) struct Admitted {
 pub(super) struct Shared {
     state: watch::Sender<State>,
     capacity: OnceLock<Capacity>,
+    experts: OnceLock<Experts>,
     pub gate: Arc<Gate>,
     /// The last tick, while there is work.
     beat: Mutex<Option<Instant>>,
@@ -58,14 +62,16 @@ impl Shared {
         Self {
             state: watch::channel(State::Loading).0,
             capacity: OnceLock::new(),
+            experts: OnceLock::new(),
             gate: Gate::new(settings.max_waiting, queues),
             beat: Mutex::new(None),
         }
     }
 
     /// The model is there: from now on jobs are accepted, unless a drain came first.
-    pub fn ready(&self, capacity: Capacity) {
+    pub fn ready(&self, capacity: Capacity, experts: Option<Experts>) {
         self.capacity.get_or_init(|| capacity);
+        experts.map(|experts| self.experts.get_or_init(|| experts));
         self.change(State::Ready, |now| now == State::Loading);
     }
 
@@ -157,6 +163,23 @@ impl EngineHandle {
         self.shared.capacity.get().copied()
     }
 
+    /// The model's experts, if it is loaded and has any.
+    pub fn experts(&self) -> Option<&Experts> {
+        self.shared.experts.get()
+    }
+
+    /// One more task, whose id is the next one: its queue is open when this returns.
+    ///
+    /// # Errors
+    /// `Unavailable` if the engine has ended.
+    pub fn add_task(&self, slo: &Slo, metrics: Arc<TaskMetrics>) -> Result<()> {
+        let command = Command::AddTask(TaskLimits::from(slo), metrics);
+        // The core hears of the task before any job of it can pass the gate.
+        self.commands.send(command).map_err(|_| unavailable("the engine has ended"))?;
+        self.shared.gate.add_task(slo.max_waiting);
+        Ok(())
+    }
+
     /// How many jobs may wait at once, over all tasks.
     pub fn max_waiting(&self) -> usize {
         self.shared.gate.max_waiting
@@ -241,9 +264,10 @@ pub fn start<R: Runner>(
         let work = AssertUnwindSafe(|| -> Result<(), StepError> {
             let runner = build()?;
             let capacity = checked(runner.capacity())?;
+            let experts = runner.experts();
             metrics.publish_kv_size(capacity.blocks, capacity.block_size);
             let core = Core::new(runner, &tasks, &settings, metrics, shared.clone());
-            shared.ready(capacity);
+            shared.ready(capacity, experts);
             core.run(&mut inbox, &telemetry::now)
         });
         match catch_unwind(work) {

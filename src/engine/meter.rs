@@ -54,6 +54,12 @@ impl Meter {
         }
     }
 
+    /// One more task.
+    pub fn add_task(&mut self) {
+        self.started.push(0);
+        self.task_drains.push(Rate::default());
+    }
+
     /// A sequence of `task` begins to run in the current step.
     pub fn started(&mut self, task: TaskId) {
         self.started[usize::from(task.0)] += 1;

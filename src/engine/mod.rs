@@ -5,12 +5,13 @@
 //! so that sending never waits: a slow reader never stalls a batch.
 //!
 //! Reading order: `handle` (submit, start, drain), `core` (one tick: drop, plan, run, apply, send),
-//! [`scheduler`] (policy, in whole numbers), `seq` and [`blocks`] (what it decides over), [`plan`] (what
-//! compute gets), `gate` and `meter` (bounded queues, measured rates), [`fake`] (a pretend model).
+//! [`scheduler`] (policy, in whole numbers), `seq`, [`blocks`] and [`prefix`] (what it decides over),
+//! [`plan`] (what compute gets), `experts` (what it says of its experts), `gate` and `meter` (bounded queues, measured rates), [`fake`] (a pretend model).
 //!
 //! It knows neither text, sockets nor tensors, and reads no clock but the one it is handed.
 
 mod core;
+mod experts;
 mod gate;
 mod handle;
 mod meter;
@@ -19,18 +20,19 @@ mod seq;
 pub mod blocks;
 pub mod fake;
 pub mod plan;
+pub mod prefix;
 pub mod scheduler;
 
 #[cfg(test)]
 mod tests;
 
-pub use crate::model::step::Capacity;
+pub use crate::model::step::{Capacity, Experts, Mix};
 pub use handle::{EngineHandle, start};
-pub use seq::Seq;
+pub use seq::{Content, Seq};
 
 use crate::error::Error;
 use crate::ids::TaskId;
-use crate::request::{Finish, Sampling, Timing, TokenLogprob};
+use crate::request::{ExpertUse, Finish, Sampling, Timing, TokenLogprob};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -41,6 +43,12 @@ pub struct Job {
     pub task: TaskId,
     /// The prompt; at least one token.
     pub tokens: Vec<u32>,
+    /// The adapters that it runs with from its first step to its last, whatever is loaded meanwhile.
+    pub adapters: Option<Arc<Mix>>,
+    /// Its task as the gates of experts count it.
+    pub gate: Option<u32>,
+    /// Say at the end which experts its tokens went to.
+    pub report_experts: bool,
     /// How tokens are chosen.
     pub sampling: Arc<Sampling>,
     /// Determines the random draws, whatever else is in the batch.
@@ -59,6 +67,35 @@ pub struct Job {
     pub deadline: Option<Instant>,
     /// When its first token must be out.
     pub first_token_deadline: Option<Instant>,
+}
+
+impl Job {
+    /// A job for the base model that came in at `arrived`: nothing scored, nothing that stops it but
+    /// `max_new`, no deadline.
+    pub fn new(
+        task: TaskId,
+        tokens: Vec<u32>,
+        sampling: Arc<Sampling>,
+        max_new: u32,
+        arrived: Instant,
+    ) -> Self {
+        Self {
+            task,
+            tokens,
+            adapters: None,
+            gate: None,
+            report_experts: false,
+            sampling,
+            seed: 0,
+            max_new,
+            min_new: 0,
+            stop_ids: Arc::new([]),
+            score_prompt: None,
+            arrived,
+            deadline: None,
+            first_token_deadline: None,
+        }
+    }
 }
 
 /// What a job hears.
@@ -81,6 +118,8 @@ pub enum Event {
         finish: Finish,
         /// Where the time went.
         timing: Timing,
+        /// Which experts its tokens went to, if that was asked for and the model has any.
+        experts: Vec<ExpertUse>,
     },
     /// The end, badly.
     Failed(Error),
@@ -110,10 +149,18 @@ pub struct Settings {
     pub max_waiting: usize,
     /// Most rows of one sequence in a step, so that a long prompt delays the others' tokens little.
     pub prefill_chunk: usize,
+    /// Whether a sequence may take over what another one computed of the same beginning.
+    pub prefix_cache: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { max_rows: 512, max_running: 256, max_waiting: 2048, prefill_chunk: 256 }
+        Self {
+            max_rows: 512,
+            max_running: 256,
+            max_waiting: 2048,
+            prefill_chunk: 256,
+            prefix_cache: true,
+        }
     }
 }

@@ -1,20 +1,24 @@
 //! From a [`Plan`] (which sequence runs how many rows) to the [`StepInput`] that compute takes.
 //!
-//! Chunks are sorted by task, so that the rows of a task are contiguous. The order of samples and scores
+//! Chunks are sorted by adapters, then by task, so that the rows of both are contiguous. The order of samples and scores
 //! is the order of the chunks; the core reads the step's output by walking the plan again.
 
 use super::scheduler::{Scheduler, Slot};
 use super::seq::{Body, Seq};
 use crate::ids::{SeqId, TaskId};
-use crate::model::step::{SampleRow, ScoreRow, Slice, StepInput};
+use crate::model::step::{AdapterRows, SampleRow, ScoreRow, Slice, StepInput};
 
 /// One step's work. It is filled anew each step and keeps its memory.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// At most one chunk per sequence, sorted by task.
+    /// At most one chunk per sequence, sorted by adapters and task.
     pub chunks: Vec<Chunk>,
     /// How many sequences lost their blocks to make room.
     pub preempted: usize,
+    /// Tokens of starting sequences that were looked for in the cache.
+    pub prefix_queried: usize,
+    /// How many of them were there.
+    pub prefix_hit: usize,
 }
 
 /// The rows of one sequence in a step: positions `start..start + rows`. A decode is a chunk of one row.
@@ -22,6 +26,8 @@ pub struct Plan {
 pub struct Chunk {
     /// The sequence.
     pub slot: Slot,
+    /// The key of its adapters; 0 is the base alone.
+    pub mix: u64,
     /// Its task.
     pub task: TaskId,
     /// Its identity.
@@ -40,6 +46,13 @@ impl Chunk {
 }
 
 impl Plan {
+    /// Forgets the step before.
+    pub fn clear(&mut self) {
+        let mut chunks = std::mem::take(&mut self.chunks);
+        chunks.clear();
+        *self = Self { chunks, ..Self::default() };
+    }
+
     /// Rows of all chunks.
     pub fn rows(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.rows).sum()
@@ -72,8 +85,17 @@ fn write_chunk(chunk: &Chunk, seq: &Seq<Body>, input: &mut StepInput) {
     input.slices.push(Slice {
         rows: first_row..input.tokens.len(),
         table: first_block..input.block_tables.len(),
-        gate: None,
+        gate: body.job.gate,
     });
+    if let Some(mix) = &body.job.adapters {
+        let rows = first_row..input.tokens.len();
+        match input.adapters.last_mut() {
+            Some(last) if last.mix.key == mix.key && last.rows.end == first_row => {
+                last.rows.end = rows.end;
+            }
+            _ => input.adapters.push(AdapterRows { rows, mix: mix.clone() }),
+        }
+    }
     let top = body.job.score_prompt.unwrap_or(0);
     input.scores.extend(body.positions_to_score(chunk.start, chunk.rows).map(|position| {
         ScoreRow { row: first_row + position - chunk.start, target: tokens[position + 1], top }

@@ -6,18 +6,21 @@
 //! - Between tasks: start-time fair queueing. Each row that a task runs adds `1 / weight` to its virtual
 //!   time, and the task with the least goes first.
 //! - Inside a task: what was preempted, then the earliest due, then the oldest.
+//! - What another sequence computed of the same beginning is taken over, block by block.
 //! - A sequence takes blocks for its whole known length when it starts, then one at a time. When none is
 //!   left, the youngest running sequence loses its own and waits again; the oldest is never preempted,
 //!   so it always progresses. When the next in line does not fit, nobody overtakes it.
 //!
-//! Invariants ([`Scheduler::check_invariants`]): a block has one owner; free + used = total; a sequence is
-//! either waiting, without blocks, or running, with blocks for what is computed; `computed < len` between
+//! Invariants ([`Scheduler::check_invariants`]): a block has one owner, or several for whom it is full and
+//! the same; free + used = total; a sequence is either waiting, without blocks, or running, with blocks for what is computed; `computed < len` between
 //! steps; the seats of the batch and of each task suffice.
 
 use super::blocks::BlockPool;
 use super::plan::{Chunk, Plan};
-use super::seq::Seq;
+use super::prefix::Node;
+use super::seq::{Content, Seq};
 use crate::ids::{SeqId, TaskId};
+use crate::task::Slo;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
@@ -48,6 +51,12 @@ pub struct TaskLimits {
     pub weight: f64,
     /// Its running sequences.
     pub max_batch: usize,
+}
+
+impl From<&Slo> for TaskLimits {
+    fn from(slo: &Slo) -> Self {
+        Self { weight: slo.weight, max_batch: slo.max_batch }
+    }
 }
 
 /// Waiting order: first what was preempted (`false` sorts before `true`), then by due time, then by age.
@@ -101,7 +110,7 @@ pub struct Scheduler<T> {
     virtual_now: u128,
 }
 
-impl<T> Scheduler<T> {
+impl<T: Content> Scheduler<T> {
     /// A scheduler over `pool`. Limits below 1 count as 1.
     pub fn new(mut limits: Limits, pool: BlockPool) -> Self {
         limits.max_rows = limits.max_rows.max(1);
@@ -110,6 +119,11 @@ impl<T> Scheduler<T> {
         let tasks = limits.tasks.iter().map(TaskQueue::new).collect();
         let (seqs, vacant, running) = (Vec::new(), Vec::new(), Vec::new());
         Self { limits, pool, seqs, vacant, running, tasks, virtual_now: 0 }
+    }
+
+    /// One more task; its id is the next one.
+    pub fn add_task(&mut self, limits: &TaskLimits) {
+        self.tasks.push(TaskQueue::new(limits));
     }
 
     /// Queues a sequence. Alone it must fit the pool, up to the length that it may grow to.
@@ -143,17 +157,25 @@ impl<T> Scheduler<T> {
     /// Decides the next step. Every sequence named in it runs its rows; then the caller says so with
     /// [`Scheduler::advance`], or removes it.
     pub fn plan(&mut self, plan: &mut Plan) {
-        plan.chunks.clear();
-        plan.preempted = 0;
+        plan.clear();
         self.plan_decodes(plan);
         self.plan_prefills(plan);
-        plan.chunks.sort_unstable_by_key(|chunk| (chunk.task, chunk.id));
+        plan.chunks.sort_unstable_by_key(|chunk| (chunk.mix, chunk.task, chunk.id));
     }
 
     /// Counts `rows` rows of a sequence as computed. When none is left to run, the caller either lets
     /// the sequence [`Scheduler::grow`] or removes it before the next plan.
     pub fn advance(&mut self, slot: Slot, rows: usize) {
-        self.seq_mut(slot).computed += rows;
+        let size = self.pool.block_size();
+        let seq = self.seqs[slot.0].as_mut().expect(LIVES);
+        seq.computed += rows;
+        while let Some(full) = seq.body.tokens().get(seq.remembered * size..)
+            && seq.computed >= (seq.remembered + 1) * size
+            && let Some(full) = full.get(..size)
+        {
+            seq.node = self.pool.remember(seq.node, full, seq.blocks[seq.remembered]);
+            seq.remembered += 1;
+        }
     }
 
     /// Adds one token to a sequence.
@@ -196,6 +218,7 @@ impl<T> Scheduler<T> {
         let seq = self.seqs[slot.0].as_mut().expect(LIVES);
         self.pool.release(&mut seq.blocks);
         (seq.computed, seq.running, seq.resumed) = (0, false, true);
+        (seq.remembered, seq.node) = (0, Node::Root(seq.body.variant()));
         let (rank, task) = (rank(seq), seq.task);
         self.tasks[usize::from(task.0)].running -= 1;
         self.enqueue(rank, task, slot);
@@ -217,7 +240,7 @@ impl<T> Scheduler<T> {
             let Some(task) = self.least_served(starting) else { break };
             let slot = match self.tasks[task].unfinished.pop_front() {
                 Some(slot) => slot,
-                None => match self.start(task) {
+                None => match self.start(task, plan) {
                     Some(slot) => slot,
                     None => {
                         starting = false;
@@ -241,21 +264,32 @@ impl<T> Scheduler<T> {
         tasks.min_by_key(|(_, task)| task.virtual_time).map(|(index, _)| index)
     }
 
-    /// Gives the first in a task's queue a seat and blocks for its whole known length. `None` if there is
-    /// no room; then one block must stay free for each running sequence, which is about to need it.
-    fn start(&mut self, task: usize) -> Option<Slot> {
+    /// Gives the first in a task's queue a seat and blocks for its whole known length, the first of them
+    /// those that hold its beginning already. `None` if there is no room; then one block must stay free
+    /// for each running sequence, which is about to need it.
+    fn start(&mut self, task: usize, plan: &mut Plan) -> Option<Slot> {
         let (_, &slot) = self.tasks[task].waiting.first_key_value()?;
-        let need = self.pool.blocks_for(self.seq(slot).len);
+        let seq = self.seqs[slot.0].as_mut().expect(LIVES);
+        // The last row gives the next token, so it runs in any case.
+        let most = seq.body.skippable().min(seq.len - 1);
+        let known = seq.body.tokens().get(..most).unwrap_or_default();
+        let prefix = self.pool.find(seq.body.variant(), known);
+        let need = self.pool.blocks_for(seq.len) - prefix.blocks.len();
         let seats = self.running.len();
-        if seats >= self.limits.max_running || self.pool.free() < need + seats {
+        let free = self.pool.free_beside(&prefix);
+        if seats >= self.limits.max_running || free < need + seats {
             return None;
         }
+        plan.prefix_queried += most;
+        plan.prefix_hit += prefix.blocks.len() * self.pool.block_size();
+        (seq.remembered, seq.node) = (prefix.blocks.len(), prefix.node);
+        seq.computed = seq.remembered * self.pool.block_size();
+        seq.running = true;
+        self.pool.take_up(prefix, &mut seq.blocks);
+        self.pool.extend(&mut seq.blocks, seq.len);
+        let id = seq.id;
         self.tasks[task].waiting.pop_first();
         self.tasks[task].running += 1;
-        self.allocate(slot);
-        let seq = self.seq_mut(slot);
-        seq.running = true;
-        let id = seq.id;
         let seat = self.running.partition_point(|&(older, _)| older < id);
         self.running.insert(seat, (id, slot));
         Some(slot)
@@ -270,7 +304,8 @@ impl<T> Scheduler<T> {
         let seq = self.seqs[slot.0].as_ref().expect(LIVES);
         let queue = &mut self.tasks[usize::from(seq.task.0)];
         queue.virtual_time += queue.row_cost * rows as u128;
-        plan.chunks.push(Chunk { slot, task: seq.task, id: seq.id, start: seq.computed, rows });
+        let (mix, start) = (seq.body.variant().mix, seq.computed);
+        plan.chunks.push(Chunk { slot, mix, task: seq.task, id: seq.id, start, rows });
     }
 
     /// A sequence.
@@ -331,6 +366,8 @@ impl<T> Scheduler<T> {
                 count.0 += 1;
                 let enough = self.pool.blocks_for(seq.computed);
                 assert!(seq.blocks.len() >= enough, "{} lacks blocks", seq.id);
+                let full = seq.computed / self.pool.block_size();
+                assert!(seq.remembered <= full, "{} shares what it may write to", seq.id);
                 assert!(self.running.contains(&(seq.id, slot)), "{} has no seat", seq.id);
             } else {
                 count.1 += 1;

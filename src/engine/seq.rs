@@ -5,10 +5,11 @@
 //! and resumption after preemption all mean "run the rows from `computed` on".
 
 use super::gate::Permit;
+use super::prefix::{Node, Variant};
 use super::{Event, Job};
 use crate::error::{Error, Kind};
 use crate::ids::{BlockId, SeqId, TaskId};
-use crate::request::{Timing, TokenLogprob};
+use crate::request::{ExpertUse, Timing, TokenLogprob};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
@@ -28,6 +29,10 @@ pub struct Seq<T> {
     pub computed: usize,
     /// Where K and V are: position `p` in block `p / block_size`.
     pub blocks: Vec<BlockId>,
+    /// How many of its first blocks are full and remembered.
+    pub remembered: usize,
+    /// The place that those lead to.
+    pub node: Node,
     /// Whether it holds a seat in the running batch.
     pub running: bool,
     /// Whether it was preempted: it then waits before those that never ran.
@@ -36,13 +41,28 @@ pub struct Seq<T> {
     pub body: T,
 }
 
-impl<T> Seq<T> {
+/// What policy asks the core's half, to find out what need not be computed again.
+pub trait Content {
+    /// What beside the tokens decides keys and values.
+    fn variant(&self) -> Variant;
+
+    /// The tokens so far; what is not among them is never shared.
+    fn tokens(&self) -> &[u32];
+
+    /// Rows at the beginning that may be left out if their keys and values are known.
+    fn skippable(&self) -> usize;
+}
+
+impl<T: Content> Seq<T> {
     /// A sequence that has not run yet.
     pub fn new(id: SeqId, task: TaskId, due: Instant, len: usize, body: T) -> Self {
-        let (computed, blocks, running, resumed) = (0, Vec::new(), false, false);
-        Self { id, task, due, len, computed, blocks, running, resumed, body }
+        let (computed, blocks, remembered) = (0, Vec::new(), 0);
+        let (node, running, resumed) = (Node::Root(body.variant()), false, false);
+        Self { id, task, due, len, computed, blocks, remembered, node, running, resumed, body }
     }
+}
 
+impl<T> Seq<T> {
     /// Rows that are still to be run.
     pub fn pending(&self) -> usize {
         self.len - self.computed
@@ -107,9 +127,27 @@ pub struct Body {
     pub scored: usize,
     /// The scores, until the prompt is complete.
     pub scores: Vec<Option<TokenLogprob>>,
+    /// Where its rows went so far, if that was asked for.
+    pub experts: Vec<ExpertUse>,
     first_step: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
+}
+
+impl Content for Body {
+    fn variant(&self) -> Variant {
+        let mix = self.job.adapters.as_ref().map_or(0, |mix| mix.key);
+        Variant { mix, gate: self.job.gate }
+    }
+
+    fn tokens(&self) -> &[u32] {
+        &self.job.tokens
+    }
+
+    fn skippable(&self) -> usize {
+        // A position that is to be scored must run.
+        if self.job.score_prompt.is_some() { self.scored } else { self.job.tokens.len() }
+    }
 }
 
 impl Body {
@@ -125,6 +163,7 @@ impl Body {
             permit: Some(permit),
             scored: 0,
             scores,
+            experts: Vec::new(),
             first_step: None,
             first_token: None,
             last_token: None,

@@ -82,18 +82,13 @@ impl Model {
     pub fn job(&self, task: &Task, prompt: Vec<u32>, seed: u64) -> Job {
         let Params { max_tokens, min_tokens, .. } = task.defaults;
         let room = self.context.saturating_sub(prompt.len()) as u32;
+        let sampling = Arc::new(task.defaults.sampling());
+        let max_new = max_tokens.map_or(room, |most| most.min(room));
         Job {
-            task: task.id,
-            tokens: prompt,
-            sampling: Arc::new(task.defaults.sampling()),
             seed,
-            max_new: max_tokens.map_or(room, |most| most.min(room)),
             min_new: min_tokens.unwrap_or(0),
             stop_ids: Arc::new([self.end_of_text]),
-            score_prompt: None,
-            arrived: telemetry::now(),
-            deadline: None,
-            first_token_deadline: None,
+            ..Job::new(task.id, prompt, sampling, max_new, telemetry::now())
         }
     }
 

@@ -53,7 +53,7 @@ fn prompts_are_scored_position_by_position() {
     for max_new in [0, 4] {
         let scoring = Job { score_prompt: Some(2), ..job(prompt.clone(), max_new) };
         let heard = listen(handle.submit(scoring).unwrap());
-        assert_eq!(heard.prompt, Some(scores(&fake, &prompt, 2)));
+        assert_eq!(heard.prompt, Some(scores(&fake, Variant::default(), &prompt, 2)));
         assert_eq!(heard.tokens, fake.alone(&prompt, max_new as usize, 0, &[]));
         assert_eq!(heard.finish, Some(Finish::Length));
     }
@@ -101,8 +101,9 @@ fn metrics_count_what_happened() {
     let build = || Ok(FakeRunner::small().failing_at([30]));
     let (handle, thread) = start(build, &table, one_at_a_time(), metrics.clone());
     wait_until_loaded(&handle);
-    let of = |task, max_new| Job { task: TaskId(task), ..job([1; 20], max_new) };
-    let events = handle.submit_all(vec![of(0, 10), of(0, 10), of(1, 10), of(1, 1)]).unwrap();
+    let of = |task, word, max_new| Job { task: TaskId(task), ..job([word; 20], max_new) };
+    let jobs = vec![of(0, 1, 10), of(0, 2, 10), of(1, 3, 10), of(1, 4, 1)];
+    let events = handle.submit_all(jobs).unwrap();
     let tokens: Vec<usize> = events.into_iter().map(|e| listen(e).tokens.len()).collect();
     assert_eq!(tokens.iter().sum::<usize>(), 30, "step 30 failed the last to run: {tokens:?}");
     handle.drain();
@@ -118,6 +119,48 @@ fn metrics_count_what_happened() {
     let phases = [&metrics.step_prefill, &metrics.step_decode].map(|h| h.get_sample_count());
     assert_eq!(phases, [4, 27]);
     assert_eq!(metrics.step_rows.get_sample_sum(), 107.0, "four prompts of 20 and 27 decodes");
+    assert_eq!(metrics.task(TaskId(0)).rows.get(), 58, "two prompts of 20 and 18 decodes");
+}
+
+#[test]
+fn an_equal_beginning_is_computed_once_for_each_variant() {
+    let table = tasks([Slo::default()]);
+    let metrics = Arc::new(Metrics::new(&table.names()));
+    let build = || Ok(FakeRunner::small());
+    let (handle, thread) = start(build, &table, Settings::default(), metrics.clone());
+    wait_until_loaded(&handle);
+    let fake = FakeRunner::small();
+    let prompt: Vec<u32> = (0..40).collect();
+    let mut hits = Vec::new();
+    for mix in [0, 0, 1, 2, 1] {
+        let adapters = (mix > 0).then(|| Arc::new(Mix { key: mix, parts: Vec::new() }));
+        let heard = listen(handle.submit(Job { adapters, ..job(prompt.clone(), 3) }).unwrap());
+        let variant = Variant { mix, gate: None };
+        assert_eq!(heard.tokens, fake.alone_as(variant, &prompt, 3, 0, &[]));
+        hits.push(metrics.prefix_hits.get());
+    }
+    // Two blocks of 16 are whole.
+    assert_eq!(hits, [0, 32, 32, 32, 64]);
+    assert_eq!(metrics.prefix_queries.get(), 5 * 39);
+    handle.drain();
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_task_may_come_while_others_run() {
+    let table = tasks([Slo::default()]);
+    let metrics = Arc::new(Metrics::new(&table.names()));
+    let build = || Ok(FakeRunner::small());
+    let (handle, thread) = start(build, &table, Settings::default(), metrics.clone());
+    wait_until_loaded(&handle);
+    let late = Job { task: TaskId(1), ..job([1, 2], 3) };
+    assert_eq!(kind(handle.submit(late.clone())), Some(Kind::NotFound));
+    let slo = Slo { max_waiting: 1, ..Slo::default() };
+    handle.add_task(&slo, metrics.add_task("late")).unwrap();
+    assert_eq!(listen(handle.submit(late).unwrap()).tokens.len(), 3);
+    assert_eq!(metrics.task(TaskId(1)).ttft.get_sample_count(), 1);
+    handle.drain();
+    thread.join().unwrap();
 }
 
 #[test]

@@ -6,7 +6,8 @@ mod scheduler;
 mod simulation;
 
 use super::fake::FakeRunner;
-use super::{EngineHandle, Event, Job, Settings, start};
+use super::prefix::Variant;
+use super::{EngineHandle, Event, Job, Mix, Settings, start};
 use crate::error::Error;
 use crate::ids::TaskId;
 use crate::metrics::Metrics;
@@ -38,19 +39,7 @@ fn greedy() -> Arc<Sampling> {
 }
 
 fn job(tokens: impl Into<Vec<u32>>, max_new: u32) -> Job {
-    Job {
-        task: TaskId(0),
-        tokens: tokens.into(),
-        sampling: greedy(),
-        seed: 0,
-        max_new,
-        min_new: 0,
-        stop_ids: Arc::new([]),
-        score_prompt: None,
-        arrived: now(),
-        deadline: None,
-        first_token_deadline: None,
-    }
+    Job::new(TaskId(0), tokens.into(), greedy(), max_new, now())
 }
 
 /// An engine over one task, ready.
@@ -95,7 +84,7 @@ impl Heard {
                 assert!(self.prompt.replace(scores).is_none(), "scores come once");
             }
             Event::Token { id, .. } => self.tokens.push(id),
-            Event::Done { finish, timing } => {
+            Event::Done { finish, timing, .. } => {
                 self.finish = Some(finish);
                 self.timing = timing;
             }
@@ -115,7 +104,12 @@ fn listen(mut events: Receiver<Event>) -> Heard {
 }
 
 /// The scores that the pretend model gives to a prompt.
-fn scores(runner: &FakeRunner, prompt: &[u32], top: u32) -> Vec<Option<TokenLogprob>> {
-    let score = |at: usize| (at > 0).then(|| runner.score(&prompt[..at], prompt[at], top));
+fn scores(
+    runner: &FakeRunner,
+    variant: Variant,
+    prompt: &[u32],
+    top: u32,
+) -> Vec<Option<TokenLogprob>> {
+    let score = |at: usize| (at > 0).then(|| runner.score(variant, &prompt[..at], prompt[at], top));
     (0..prompt.len()).map(score).collect()
 }

@@ -2,20 +2,44 @@
 
 use crate::engine::blocks::BlockPool;
 use crate::engine::plan::Plan;
+use crate::engine::prefix::Variant;
 use crate::engine::scheduler::{Limits, Scheduler, Slot, TaskLimits};
-use crate::engine::seq::Seq;
+use crate::engine::seq::{Content, Seq};
 use crate::ids::{SeqId, TaskId};
 use crate::telemetry::now;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+/// A sequence's length at its end, and its tokens: equal beginnings are shared.
+#[derive(Clone, Debug)]
+struct Text {
+    last: usize,
+    tokens: Vec<u32>,
+}
+
+impl Content for Text {
+    fn variant(&self) -> Variant {
+        Variant::default()
+    }
+
+    fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    fn skippable(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
 /// A scheduler and all that it was told, so that each plan can be checked.
 struct Rig {
-    scheduler: Scheduler<usize>,
+    scheduler: Scheduler<Text>,
     limits: Limits,
     /// Positions in the whole pool.
     room: usize,
+    /// Whether texts have equal beginnings.
+    alike: bool,
     epoch: Instant,
     next_id: u64,
     /// Slot and length at the end, by id.
@@ -27,9 +51,10 @@ struct Rig {
 impl Rig {
     fn new(limits: Limits, blocks: usize, block_size: usize) -> Self {
         Self {
-            scheduler: Scheduler::new(limits.clone(), BlockPool::new(blocks, block_size)),
+            scheduler: Scheduler::new(limits.clone(), BlockPool::new(blocks, block_size, true)),
             limits,
             room: blocks * block_size,
+            alike: false,
             epoch: now(),
             next_id: 0,
             live: BTreeMap::new(),
@@ -44,7 +69,11 @@ impl Rig {
         let len = len.clamp(1, self.room);
         let last = (len + growth).min(self.room);
         let due = self.epoch + Duration::from_secs(due);
-        let slot = self.scheduler.add(Seq::new(id, TaskId(task as u16), due, len, last));
+        // Up to some place there are two texts, from there on each has its own.
+        let alike = if self.alike { len * 2 / 3 } else { 0 };
+        let own = |i| if i < alike { len % 2 } else { 2 + id.0 as usize } as u32;
+        let text = Text { last, tokens: (0..last).map(own).collect() };
+        let slot = self.scheduler.add(Seq::new(id, TaskId(task as u16), due, len, text));
         self.live.insert(id, (slot, last));
         id
     }
@@ -66,7 +95,11 @@ impl Rig {
             if seq.pending() > 0 {
                 continue;
             }
-            if seq.len < seq.body { self.scheduler.grow(chunk.slot) } else { self.remove(chunk.id) }
+            if seq.len < seq.body.last {
+                self.scheduler.grow(chunk.slot)
+            } else {
+                self.remove(chunk.id)
+            }
         }
         self.scheduler.check_invariants();
         self.plan = plan;
@@ -143,8 +176,10 @@ proptest! {
         limits in limits(),
         (blocks, block_size) in (1..20usize, 1..6usize),
         ops in proptest::collection::vec(op(), 1..120),
+        alike: bool,
     ) {
         let mut rig = Rig::new(limits, blocks, block_size);
+        rig.alike = alike;
         for op in ops {
             match op {
                 Op::Add { task, len, growth, due } => { rig.add(task, len, growth, due); }

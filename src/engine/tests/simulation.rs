@@ -6,6 +6,7 @@
 use super::*;
 use crate::engine::core::Core;
 use crate::engine::handle::{Command, Shared};
+use crate::engine::prefix::Variant;
 use crate::error::Kind;
 use crate::model::step::Capacity;
 use rand::rngs::SmallRng;
@@ -64,6 +65,7 @@ struct Tally {
     refused: usize,
     preempted: usize,
     broken: usize,
+    shared: usize,
 }
 
 fn slo(random: &mut SmallRng) -> Slo {
@@ -86,6 +88,7 @@ impl World {
             max_running: random.random_range(1..20),
             max_waiting: random.random_range(5..40),
             prefill_chunk: random.random_range(1..30),
+            prefix_cache: random.random_bool(0.8),
         };
         let table = tasks([slo(&mut random), slo(&mut random), slo(&mut random)]);
         let clock = Clock(now(), Arc::default());
@@ -93,7 +96,7 @@ impl World {
         let metrics = Arc::new(Metrics::new(&table.names()));
         let (handle, shared, inbox) = EngineHandle::new(&table, &settings);
         let core = Core::new(runner, &table, &settings, metrics.clone(), shared.clone());
-        shared.ready(capacity);
+        shared.ready(capacity, None);
         Self {
             crowd: random.random_range(1..5),
             random,
@@ -118,10 +121,15 @@ impl World {
                 .random_bool(0.2)
                 .then(|| arrived + Duration::from_micros(random.random_range(0..60_000)))
         };
-        let prompt: Vec<u32> =
-            (0..random.random_range(1..30)).map(|_| random.random_range(0..30)).collect();
+        // Many prompts begin alike, whatever adapters they are for.
+        let alike = if random.random_bool(0.6) { random.random_range(0..25) } else { 0 };
+        let other = (0..random.random_range(1..12)).map(|_| random.random_range(0..30));
+        let prompt: Vec<u32> = (0..alike).chain(other).collect();
         let max_new = random.random_range(0..20);
+        let mix = random.random_range(0..4);
         let job = Job {
+            adapters: (mix > 0).then(|| Arc::new(Mix { key: mix, parts: Vec::new() })),
+            gate: random.random_bool(0.3).then_some(1),
             task: TaskId(random.random_range(0..3)),
             max_new,
             min_new: if random.random_bool(0.3) { random.random_range(0..=max_new) } else { 0 },
@@ -239,6 +247,7 @@ impl World {
         }
         self.tally.preempted = self.metrics.preemptions.get() as usize;
         self.tally.broken = usize::from(!alive);
+        self.tally.shared = self.metrics.prefix_hits.get() as usize;
         if alive {
             assert_eq!(self.metrics.kv_usage.get(), 0.0, "blocks are lost");
         } else {
@@ -276,9 +285,10 @@ fn faulty_runner(capacity: Capacity, random: &mut SmallRng, clock: Clock) -> Fak
 /// What a client heard must be what the model says alone, or a beginning of it.
 fn check(oracle: &FakeRunner, client: &Client) {
     let Client { job, heard, .. } = client;
-    let max_new = job.max_new as usize;
-    let text = oracle.alone(&job.tokens, max_new, job.min_new as usize, &job.stop_ids);
-    let scores = job.score_prompt.map(|top| scores(oracle, &job.tokens, top));
+    let (max_new, min_new) = (job.max_new as usize, job.min_new as usize);
+    let variant = Variant { mix: job.adapters.as_ref().map_or(0, |mix| mix.key), gate: job.gate };
+    let text = oracle.alone_as(variant, &job.tokens, max_new, min_new, &job.stop_ids);
+    let scores = job.score_prompt.map(|top| scores(oracle, variant, &job.tokens, top));
     let finish = if text.len() < max_new { Finish::Stop } else { Finish::Length };
     match heard.finish {
         Some(how) => assert_eq!((how, &heard.tokens, &heard.prompt), (finish, &text, &scores)),
@@ -317,9 +327,10 @@ fn histories_hold_their_promises() {
         all.refused += tally.refused;
         all.preempted += tally.preempted;
         all.broken += tally.broken;
+        all.shared += tally.shared;
     }
-    let Tally { finished, cancelled, late, failed, refused, preempted, broken } = all;
-    let seen = [finished, cancelled, late, failed, refused, preempted, broken];
+    let Tally { finished, cancelled, late, failed, refused, preempted, broken, shared } = all;
+    let seen = [finished, cancelled, late, failed, refused, preempted, broken, shared];
     assert!(seen.iter().all(|&count| count > 0), "something never happened: {all:?}");
 }
 
