@@ -1,7 +1,8 @@
 //! How the arithmetic is done: the only safe door to the only unsafe code of the crate.
 //!
 //! [`Ops`] are the differentiable operations of training, each with a plain reference
-//! ([`mod@reference`]) that defines it. [`PackedMatrix`] and [`KvPool`] are what serving runs on. All
+//! ([`mod@reference`]) that defines it. [`PackedMatrix`] and [`KvPool`] are what serving runs on;
+//! [`grouped_matmul`] and [`low_rank_add`] are what rows with experts and adapters of their own need. All
 //! tensors are f32 and row-major; "rows" are the packed rows of many sequences, one after the other.
 //!
 //! Nothing here knows models, requests or training schedules. Invariants: on the CPU the result of a
@@ -12,6 +13,7 @@ mod attention;
 mod autograd;
 mod embed;
 mod gemm;
+mod grouped;
 mod kv;
 mod linear;
 mod loss;
@@ -27,6 +29,7 @@ mod reference;
 mod simd;
 mod threads;
 
+pub use grouped::{Group, LowRankGroup, grouped_matmul, low_rank_add};
 pub use kv::{KvPool, KvShape, PagedRows};
 pub use mmap::map_file;
 pub use ops::{Mode, Ops};

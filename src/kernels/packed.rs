@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 /// A weight matrix in the layout that its kernel reads. CPU only.
 #[derive(Debug)]
 pub struct PackedMatrix {
-    panels: Panels,
+    pub(super) panels: Panels,
 }
 
 impl PackedMatrix {
@@ -70,6 +70,11 @@ impl PackedMatrix {
         let mut out = Vec::with_capacity(ids.len() * self.panels.k);
         ids.iter().for_each(|&id| out.extend(self.panels.column(id as usize)));
         Tensor::from_vec(out, (ids.len(), self.panels.k), &Device::Cpu)
+    }
+
+    /// Its shape, `(in, out)`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.panels.k, self.panels.columns)
     }
 
     /// Size in memory.

@@ -18,11 +18,23 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows that a task takes when there are many; a multiple of every group of rows in [`micro`].
-const ROW_BLOCK: usize = 96;
+pub const ROW_BLOCK: usize = 96;
 /// Up to so many rows, tasks split the columns ...
 const FEW_ROWS: usize = 48;
 /// ... and up to so many, if there are columns enough: each panel is then read once.
 const SOME_ROWS: usize = 256;
+/// Products of numbers that are worth a task of their own.
+pub const TASK_WORK: usize = 1 << 18;
+
+/// Rows per task where tasks split `m` rows rather than the columns, which make `panels` panels.
+pub fn row_block(m: usize, panels: usize) -> Option<usize> {
+    let many_panels = panels >= 4 * rayon::current_num_threads();
+    (m > SOME_ROWS || (m > FEW_ROWS && !many_panels)).then_some(if m >= 8 * ROW_BLOCK {
+        ROW_BLOCK
+    } else {
+        ROW_BLOCK / 2
+    })
+}
 
 /// A right operand, packed.
 #[derive(Debug)]
@@ -46,7 +58,8 @@ pub enum Operand<'a> {
 }
 
 impl Operand<'_> {
-    fn matrix(self, outer: usize, k: usize) -> Matrix {
+    /// What it is in memory, with `outer` lines or elements of lines. Panics if it has another size.
+    pub fn matrix(self, outer: usize, k: usize) -> Matrix {
         let (data, stride, inner_lines) = match self {
             Self::Inner(data) => (data, k, true),
             Self::Outer(data) => (data, outer, false),
@@ -97,7 +110,13 @@ impl Panels {
         panels
     }
 
-    fn count(&self) -> usize {
+    /// The instruction set that reads it, and whether its words are pairs of bf16.
+    pub fn how(&self) -> (Isa, bool) {
+        (self.isa, self.pairs)
+    }
+
+    /// How many panels there are.
+    pub fn count(&self) -> usize {
         self.columns.div_ceil(self.isa.panel_width())
     }
 
@@ -156,9 +175,7 @@ impl Panels {
             // SAFETY: the rows are inside the operand, and the scratch has room for them.
             unsafe { matrix.pack_rows((isa, self.pairs), rows, a, lda) };
         };
-        let many_panels = all.end >= 4 * rayon::current_num_threads();
-        if m > SOME_ROWS || (m > FEW_ROWS && !many_panels) {
-            let block = if m >= 8 * ROW_BLOCK { ROW_BLOCK } else { ROW_BLOCK / 2 };
+        if let Some(block) = row_block(m, all.end) {
             (0..m.div_ceil(block)).into_par_iter().for_each(|i| {
                 let rows = i * block..((i + 1) * block).min(m);
                 with_scratch(rows.len() * lda, |a| {
@@ -170,15 +187,8 @@ impl Panels {
         }
         let mut packed = Words::zeros(m * lda);
         let a = Shared::new(packed.as_mut_ptr());
-        if m * k < 1 << 15 {
-            pack(0..m, a.get());
-        } else {
-            (0..m.div_ceil(16)).into_par_iter().for_each(|i| {
-                // SAFETY: there are lda words for each row, and each row has one task.
-                let a = unsafe { a.get().add(i * 16 * lda) };
-                pack(i * 16..((i + 1) * 16).min(m), a);
-            });
-        }
+        // SAFETY: there are lda words for each row.
+        unsafe { matrix.pack_all_rows((isa, self.pairs), m, a, lda) };
         let group = self.panels_per_task(m, k);
         let run = |i: usize| {
             let panels = i * group..((i + 1) * group).min(all.end);
@@ -194,7 +204,7 @@ impl Panels {
     fn panels_per_task(&self, m: usize, k: usize) -> usize {
         let work = (m * k * self.isa.panel_width()).max(1);
         let tasks = 4 * rayon::current_num_threads();
-        (1usize << 18).div_ceil(work).max(self.count().div_ceil(tasks)).max(1)
+        TASK_WORK.div_ceil(work).max(self.count().div_ceil(tasks)).max(1)
     }
 
     /// `C = start + A · B` on this thread, with `A` as `rows` rows of words, and `C` with the distance of
@@ -214,7 +224,11 @@ impl Panels {
         unsafe { self.strips((a, lda), rows, 0..self.count(), start, out) }
     }
 
-    unsafe fn strips(
+    /// The same for some of the panels: `out` is where the first column of the first panel of all goes.
+    ///
+    /// # Safety
+    /// The same, for writing the columns of these panels.
+    pub unsafe fn strips(
         &self,
         (a, lda): (*const u32, usize),
         rows: usize,
