@@ -1,5 +1,6 @@
 //! One error type and one table: a kind's HTTP status, gRPC code, metric label and whether a retry
 //! can help. Both wires, the metrics and the logs read the same row, so they cannot disagree.
+//! Beside it [`Faults`], for files.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -190,6 +191,18 @@ impl StdError for Error {
         self.source.as_deref().map(|s| s as _)
     }
 }
+
+/// Everything that is wrong with something on disk: at least one sentence, each naming file and key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(pub Vec<String>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl StdError for Faults {}
 
 #[cfg(test)]
 mod tests {

@@ -7,9 +7,18 @@
 //! Knows files, names and low-rank matrices; must not know rows, requests or the decoder. Invariant: what
 //! cannot be honoured exactly is refused by name, never half loaded.
 
+mod config;
 pub mod deltas;
+mod files;
+mod load;
+mod lora;
+mod mta;
+mod targets;
 
-pub use deltas::{Deltas, LowRank};
+pub use config::FILE as CONFIG_FILE;
+pub use deltas::{Deltas, LowRank, Shape};
+pub use files::FILE as WEIGHTS_FILE;
+pub use load::{Kind, Limits, Loaded, load};
 
 use std::sync::Arc;
 
@@ -38,6 +47,11 @@ impl Module {
             Self::FcIn => "mlp.c_fc",
             Self::FcOut => "mlp.c_proj",
         }
+    }
+
+    /// Whether it is part of the feed-forward network.
+    pub fn is_mlp(self) -> bool {
+        matches!(self, Self::FcIn | Self::FcOut)
     }
 }
 

@@ -77,6 +77,14 @@ impl PackedMatrix {
         (self.panels.k, self.panels.columns)
     }
 
+    /// What a matrix of this shape takes in memory once it is packed; `usize::MAX` if that is beyond
+    /// counting.
+    pub fn bytes_of(inner: usize, outer: usize, precision: Precision) -> usize {
+        Panels::size(inner, outer, Isa::best(), precision)
+            .and_then(|words| words.checked_mul(size_of::<u32>()))
+            .unwrap_or(usize::MAX)
+    }
+
     /// Size in memory.
     pub fn bytes(&self) -> usize {
         self.panels.bytes()

@@ -20,23 +20,13 @@ pub use runner::CandleRunner;
 pub use spec::Spec;
 pub use weights::Weights;
 
+pub use crate::error::Faults;
+
+use crate::adapter;
 use crate::config::Dtype;
 use crate::kernels::{KvShape, Ops, Precision};
 use candle_core::{DType, Device};
-use std::fmt;
 use std::path::Path;
-
-/// Everything that is wrong with a bundle's weights: at least one sentence, each naming file and key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Faults(pub Vec<String>);
-
-impl fmt::Display for Faults {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join("\n"))
-    }
-}
-
-impl std::error::Error for Faults {}
 
 impl From<candle_core::Error> for Faults {
     fn from(error: candle_core::Error) -> Self {
@@ -57,6 +47,12 @@ pub fn precision(dtype: Dtype, file: DType) -> Precision {
 pub fn kv_shape(spec: &Spec, block_size: usize, precision: Precision) -> KvShape {
     let (layers, heads, head_dim) = (spec.layers, spec.heads, spec.head_dim());
     KvShape { layers, block_size, heads, head_dim, precision }
+}
+
+/// What adapters must know of the model.
+pub fn adapter_shape(spec: &Spec, precision: Precision) -> adapter::Shape {
+    let &Spec { layers, width, inner, .. } = spec;
+    adapter::Shape { layers, width, inner, moe_layers: Vec::new(), precision }
 }
 
 /// How a bundle is to be served.

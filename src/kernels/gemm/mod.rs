@@ -110,6 +110,12 @@ impl Panels {
         panels
     }
 
+    /// Words that an operand takes, if they can be counted.
+    pub fn size(k: usize, columns: usize, isa: Isa, precision: Precision) -> Option<usize> {
+        let columns = columns.checked_next_multiple_of(isa.lanes())?;
+        words(k, precision == Precision::Bf16).checked_mul(columns)
+    }
+
     /// The instruction set that reads it, and whether its words are pairs of bf16.
     pub fn how(&self) -> (Isa, bool) {
         (self.isa, self.pairs)
