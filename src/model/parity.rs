@@ -1,7 +1,7 @@
 //! Equality with PyTorch on the golden model: logits, loss and gradients of the decoder, and greedy
 //! text through the runner, alone, in company, in pieces and after losing its cache.
 
-use super::step::{Runner, SampleRow, ScoreRow, Slice, StepInput, StepOutput};
+use super::step::{AdapterRows, Mix, Runner, SampleRow, ScoreRow, Slice, StepInput, StepOutput};
 use super::*;
 use crate::kernels::Mode;
 use crate::request::{Params, Sampling};
@@ -10,8 +10,11 @@ use candle_nn::VarBuilder;
 use proptest::prelude::*;
 use serde_json::Value;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+mod adapters;
 
 /// Of logits and log-probabilities, in f32.
 const TOLERANCE: f32 = 1e-4;
@@ -22,8 +25,10 @@ fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
 }
 
-/// The reference: prompts with their continuations, and tensors.
+/// The reference for the model by itself or with one adapter: prompts with their continuations, and
+/// tensors.
 struct Golden {
+    tag: &'static str,
     prompts: Vec<(Vec<u32>, Vec<u32>)>,
     loss_ids: Vec<u32>,
     loss: f32,
@@ -32,12 +37,18 @@ struct Golden {
 
 impl Golden {
     fn read() -> Self {
+        Self::of("base")
+    }
+
+    fn of(tag: &'static str) -> Self {
         let text = std::fs::read_to_string(goldens().join("reference.json")).unwrap();
         let json: Value = serde_json::from_str(&text).unwrap();
         let ids = |v: &Value| serde_json::from_value::<Vec<u32>>(v.clone()).unwrap();
         let prompts = json["prompts"].as_array().unwrap();
+        let prompts = prompts.iter().filter(|prompt| prompt["tag"] == tag);
         Self {
-            prompts: prompts.iter().map(|p| (ids(&p["ids"]), ids(&p["greedy"]))).collect(),
+            tag,
+            prompts: prompts.map(|p| (ids(&p["ids"]), ids(&p["greedy"]))).collect(),
             loss_ids: ids(&json["loss"]["ids"]),
             loss: json["loss"]["value"].as_f64().unwrap() as f32,
             tensors: candle_core::safetensors::load(
@@ -50,7 +61,7 @@ impl Golden {
 
     /// Log-probabilities of every token after each position of prompt `i`.
     fn logprobs(&self, i: usize) -> Vec<Vec<f32>> {
-        let logits = &self.tensors[&format!("base.{i}.logits")];
+        let logits = &self.tensors[&format!("{}.{i}.logits", self.tag)];
         candle_nn::ops::log_softmax(logits, 1).unwrap().to_vec2().unwrap()
     }
 }
@@ -145,6 +156,7 @@ struct Seq {
     table: Vec<u32>,
     sampling: Arc<Sampling>,
     seed: u64,
+    mix: Option<Arc<Mix>>,
     /// Whether every row's log-probabilities are asked for, or only new tokens.
     scored: bool,
     /// After each position: log-probability of every token, by id.
@@ -162,6 +174,7 @@ impl Seq {
             table: Vec::new(),
             sampling: Arc::new(params.sampling()),
             seed,
+            mix: None,
             scored: true,
             logprobs: Vec::new(),
         }
@@ -192,6 +205,9 @@ fn advance(runner: &mut CandleRunner, free: &mut Vec<u32>, seqs: &mut [Seq], row
         input.positions.extend(seq.computed as u32..end as u32);
         input.block_tables.extend(&seq.table);
         let rows = start..input.tokens.len();
+        if let Some(mix) = &seq.mix {
+            adapt(&mut input.adapters, rows.clone(), mix);
+        }
         let top = runner.capacity().vocab as u32;
         let scores = rows.clone().filter(|_| seq.scored);
         input.scores.extend(scores.map(|row| ScoreRow { row, target: 0, top }));
@@ -213,6 +229,16 @@ fn advance(runner: &mut CandleRunner, free: &mut Vec<u32>, seqs: &mut [Seq], row
     apply(seqs, &input, output);
 }
 
+/// Notes rows with a mix, neighbours of one mix as one entry.
+fn adapt(adapters: &mut Vec<AdapterRows>, rows: Range<usize>, mix: &Arc<Mix>) {
+    match adapters.last_mut() {
+        Some(last) if last.rows.end == rows.start && last.mix.key == mix.key => {
+            last.rows.end = rows.end;
+        }
+        _ => adapters.push(AdapterRows { rows, mix: mix.clone() }),
+    }
+}
+
 /// Gives each sequence of a step its new token and log-probabilities.
 fn apply(seqs: &mut [Seq], input: &StepInput, output: StepOutput) {
     let (mut sampled, mut scored) = (output.sampled.iter(), output.scored.iter());
@@ -232,6 +258,16 @@ fn apply(seqs: &mut [Seq], input: &StepInput, output: StepOutput) {
     }
 }
 
+/// Holds a sequence to the reference's text and log-probabilities for a prompt.
+fn assert_golden(golden: &Golden, i: usize, seq: &Seq) {
+    assert_eq!(seq.generated(), golden.prompts[i].1, "{} {i}", golden.tag);
+    for (position, expected) in golden.logprobs(i).iter().enumerate() {
+        for (token, (a, b)) in seq.logprobs[position].iter().zip(expected).enumerate() {
+            assert!((a - b).abs() < TOLERANCE, "{i}, {position}, {token}: {a} is not {b}");
+        }
+    }
+}
+
 fn runner() -> CandleRunner {
     let kv_tokens = BLOCKS * BLOCK_SIZE;
     let options = LoadOptions { dtype: Dtype::F32, kv_tokens, block_size: BLOCK_SIZE };
@@ -239,12 +275,15 @@ fn runner() -> CandleRunner {
 }
 
 /// A sequence run alone, its prompt in one piece.
-fn alone(mut seq: Seq) -> Seq {
+fn alone(seq: Seq) -> Seq {
+    alone_on(&mut runner(), seq)
+}
+
+fn alone_on(runner: &mut CandleRunner, mut seq: Seq) -> Seq {
     let mut free: Vec<u32> = (0..BLOCKS as u32).collect();
-    let mut runner = runner();
     while !seq.done() {
         let rows = seq.tokens.len();
-        advance(&mut runner, &mut free, std::slice::from_mut(&mut seq), &[rows]);
+        advance(runner, &mut free, std::slice::from_mut(&mut seq), &[rows]);
     }
     seq
 }
@@ -253,13 +292,7 @@ fn alone(mut seq: Seq) -> Seq {
 fn alone_equals_pytorch() {
     let golden = Golden::read();
     for (i, (prompt, greedy)) in golden.prompts.iter().enumerate() {
-        let seq = alone(Seq::new(prompt, greedy.len(), 0.0, 0));
-        assert_eq!(seq.generated(), greedy, "prompt {i}");
-        for (position, expected) in golden.logprobs(i).iter().enumerate() {
-            for (token, (a, b)) in seq.logprobs[position].iter().zip(expected).enumerate() {
-                assert!((a - b).abs() < TOLERANCE, "{i}, {position}, {token}: {a} is not {b}");
-            }
-        }
+        assert_golden(&golden, i, &alone(Seq::new(prompt, greedy.len(), 0.0, 0)));
     }
 }
 

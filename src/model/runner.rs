@@ -3,13 +3,15 @@
 //! Knows rows, slices and blocks; must not know requests. Whatever does not fit together in a
 //! [`StepInput`] is an error before anything is written.
 
-use super::decoder::{Decoder, Pass};
-use super::step::{Capacity, Runner, StepError, StepInput, StepOutput};
-use super::{kv_shape, sample};
-use crate::kernels::{KvPool, PagedRows, in_pool};
+use super::decoder::{Decoder, Pass, Site};
+use super::step::{AdapterRows, Capacity, Mix, Runner, StepError, StepInput, StepOutput};
+use super::{adapter_shape, kv_shape, sample};
+use crate::adapter;
+use crate::kernels::{KvPool, LowRankGroup, PagedRows, in_pool, low_rank_add};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// Rows whose logits are held at once: a vocabulary of 50k makes 13 MB of them.
 const LOGIT_ROWS: usize = 64;
@@ -20,6 +22,8 @@ pub struct CandleRunner {
     decoder: Decoder,
     pool: KvPool,
     capacity: Capacity,
+    /// What adapters must be made for.
+    shape: adapter::Shape,
 }
 
 impl CandleRunner {
@@ -30,7 +34,8 @@ impl CandleRunner {
         let pool = KvPool::new(kv_shape(spec, block_size, decoder.precision()), blocks)?;
         let context = spec.context.min(blocks * block_size);
         let capacity = Capacity { blocks, block_size, context, vocab: spec.vocab };
-        Ok(Self { decoder, pool, capacity })
+        let shape = adapter_shape(spec, decoder.precision());
+        Ok(Self { decoder, pool, capacity, shape })
     }
 
     /// The decoder.
@@ -50,7 +55,8 @@ impl CandleRunner {
         let kept = (wanted.len() < rows)
             .then(|| Tensor::from_slice(wanted, wanted.len(), &Device::Cpu))
             .transpose()?;
-        let pass = &mut Paged { pool: &mut self.pool, rows: paged, kept };
+        let adapters = Adapters::new(&input.adapters, wanted);
+        let pass = &mut Paged { pool: &mut self.pool, rows: paged, kept, adapters };
         self.decoder.hidden(&tokens, &positions, pass)
     }
 
@@ -95,6 +101,7 @@ impl Runner for CandleRunner {
 
     fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
         check(input, &self.capacity)?;
+        check_adapters(input, &self.shape)?;
         if input.tokens.is_empty() {
             return Ok(StepOutput::default());
         }
@@ -116,6 +123,7 @@ struct Paged<'a> {
     pool: &'a mut KvPool,
     rows: PagedRows<'a>,
     kept: Option<Tensor>,
+    adapters: Adapters<'a>,
 }
 
 impl Pass for Paged<'_> {
@@ -125,6 +133,43 @@ impl Pass for Paged<'_> {
 
     fn attend(&mut self, layer: usize, qkv: &Tensor) -> CandleResult<Tensor> {
         self.pool.attend(layer, qkv, &self.rows)
+    }
+
+    fn adapt(&mut self, site: Site, x: &Tensor, y: Tensor) -> CandleResult<Tensor> {
+        low_rank_add(y, x, self.adapters.groups(site))
+    }
+}
+
+/// The rows of one step that run with adapters.
+struct Adapters<'a> {
+    /// The rows of a mix among all, and among the kept ones.
+    runs: Vec<([Range<usize>; 2], &'a Mix)>,
+    /// Those of the linear layer at work; kept for its memory.
+    groups: Vec<LowRankGroup<'a>>,
+}
+
+impl<'a> Adapters<'a> {
+    /// `kept` are the sorted rows that are left behind the last layer's attention.
+    fn new(rows: &'a [AdapterRows], kept: &[u32]) -> Self {
+        let place = |row: usize| kept.partition_point(|&kept| (kept as usize) < row);
+        let both = |rows: &Range<usize>| [rows.clone(), place(rows.start)..place(rows.end)];
+        let runs = rows.iter().map(|run| (both(&run.rows), &*run.mix)).collect();
+        Self { runs, groups: Vec::new() }
+    }
+
+    /// What is added at one linear layer.
+    fn groups(&mut self, site: Site) -> &[LowRankGroup<'a>] {
+        self.groups.clear();
+        for (rows, mix) in &self.runs {
+            let rows = &rows[usize::from(site.kept)];
+            for part in mix.parts.iter().filter(|_| !rows.is_empty()) {
+                self.groups.extend(part.deltas.get(site.layer, site.module).map(|change| {
+                    let (a, b) = (&*change.a, &*change.b);
+                    LowRankGroup { rows: rows.clone(), a, b, weight: part.weight }
+                }));
+            }
+        }
+        &self.groups
     }
 }
 
@@ -164,6 +209,22 @@ fn check(input: &StepInput, capacity: &Capacity) -> Result<(), StepError> {
     }
     if let Some(score) = input.scores.iter().find(|s| s.row >= rows) {
         return Err(format!("row {} is scored, of {rows} rows", score.row).into());
+    }
+    Ok(())
+}
+
+/// Rows with adapters are rows of the step, in order, and their adapters are made for this model.
+fn check_adapters(input: &StepInput, shape: &adapter::Shape) -> Result<(), StepError> {
+    let mut end = 0;
+    for AdapterRows { rows, mix } in &input.adapters {
+        if rows.start < end || rows.is_empty() || rows.end > input.tokens.len() {
+            return Err(format!("rows {rows:?} with adapters do not follow row {end}").into());
+        }
+        end = rows.end;
+        if let Some(part) = mix.parts.iter().find(|part| part.deltas.shape() != shape) {
+            let other = part.deltas.shape();
+            return Err(format!("an adapter for {other:?} on a model of {shape:?}").into());
+        }
     }
     Ok(())
 }

@@ -65,6 +65,11 @@ fn good() -> StepInput {
     }
 }
 
+/// Rows with a mix of nothing.
+fn adapted(rows: Range<usize>) -> AdapterRows {
+    AdapterRows { rows, mix: Arc::new(Mix { key: 1, parts: Vec::new() }) }
+}
+
 #[test]
 fn answers_in_the_order_asked() {
     let mut runner = runner_over(|_| {});
@@ -89,7 +94,7 @@ fn more_rows_than_logits_are_held_for() {
 #[test]
 fn contradictions_are_errors() {
     type Edit = fn(&mut StepInput);
-    let cases: [(&str, Edit); 18] = [
+    let cases: [(&str, Edit); 22] = [
         ("5 positions for 6", |s| s.positions.truncate(5)),
         ("token 50", |s| s.tokens[0] = VOCAB as u32),
         ("do not follow", |s| s.slices.swap(0, 1)),
@@ -107,6 +112,10 @@ fn contradictions_are_errors() {
         ("no history", |s| {
             s.samples[0] = sample(4, Params { presence_penalty: Some(1.0), ..Params::default() });
         }),
+        ("do not follow row 0", |s| s.adapters = vec![adapted(2..2)]),
+        ("do not follow row 0", |s| s.adapters = vec![adapted(5..7)]),
+        ("do not follow row 3", |s| s.adapters = vec![adapted(0..3), adapted(2..6)]),
+        ("do not follow row 6", |s| s.adapters = vec![adapted(3..6), adapted(0..3)]),
         ("row 6 is scored", |s| s.scores[0].row = 6),
         ("outside a vocabulary", |s| s.scores[0].target = VOCAB as u32),
         ("outside a vocabulary", |s| s.samples[0].banned = vec![VOCAB as u32]),
