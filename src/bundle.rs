@@ -2,6 +2,9 @@
 //!
 //! Every command that takes a bundle opens it here, so that all of them accept and refuse the same.
 
+mod adapters;
+
+use crate::adapter::{self, Loaded};
 use crate::config::{Dtype, bundle_id};
 use crate::engine::{self, EngineHandle, Settings};
 use crate::kernels::Precision;
@@ -11,6 +14,7 @@ use crate::task::TaskTable;
 use crate::text::{END_OF_TEXT, Prompts, Tokenizer};
 use anyhow::{Result, bail};
 use candle_core::DType;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -27,6 +31,8 @@ pub struct Parts {
     pub tasks: Option<TaskTable>,
     /// Its compiled prompts.
     pub prompts: Option<Prompts>,
+    /// Its adapters by name, for the weights as they are stored.
+    pub adapters: BTreeMap<String, Loaded>,
     /// Everything that is wrong with it.
     pub faults: Vec<String>,
 }
@@ -45,6 +51,8 @@ pub struct Bundle {
     pub tasks: TaskTable,
     /// Its compiled prompts.
     pub prompts: Prompts,
+    /// Its adapters by name, for the weights as they are stored.
+    pub adapters: BTreeMap<String, Loaded>,
 }
 
 impl Parts {
@@ -66,7 +74,18 @@ impl Parts {
         if let (Some(weights), Some(tokenizer)) = (&weights, &tokenizer) {
             keep(mismatches(weights.spec(), tokenizer));
         }
-        Self { id, weights, tokenizer, tasks, prompts, faults }
+        let mut adapters = BTreeMap::new();
+        if let Some(weights) = &weights {
+            let precision = model::precision(Dtype::Auto, weights.dtype());
+            let shape = model::adapter_shape(weights.spec(), precision);
+            let (found, more) = adapters::read(path, &shape);
+            adapters = found;
+            keep(more);
+        }
+        if let Some(tasks) = &tasks {
+            keep(adapters::clashes(path, tasks));
+        }
+        Self { id, weights, tokenizer, tasks, prompts, adapters, faults }
     }
 }
 
@@ -95,11 +114,12 @@ impl Bundle {
                 weights: Some(weights),
                 tasks: Some(tasks),
                 prompts: Some(prompts),
+                adapters,
                 faults,
                 ..
             } if faults.is_empty() => {
                 let (spec, stored) = (weights.spec().clone(), weights.dtype());
-                Ok(Self { path: path.into(), id, spec, stored, tasks, prompts })
+                Ok(Self { path: path.into(), id, spec, stored, tasks, prompts, adapters })
             }
             parts => bail!("{} cannot be used:\n  {}", path.display(), parts.faults.join("\n  ")),
         }
@@ -133,6 +153,11 @@ impl Bundle {
     /// Bytes of keys and values that one token takes.
     pub fn kv_bytes_per_token(&self, dtype: Dtype, block_size: usize) -> usize {
         model::kv_shape(&self.spec, block_size, self.precision(dtype)).bytes_per_position()
+    }
+
+    /// What its adapters must be made for when the weights are held as `dtype`.
+    pub fn adapter_shape(&self, dtype: Dtype) -> adapter::Shape {
+        model::adapter_shape(&self.spec, self.precision(dtype))
     }
 
     fn precision(&self, dtype: Dtype) -> Precision {

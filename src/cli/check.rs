@@ -2,6 +2,7 @@
 
 use super::Outcome;
 use anyhow::{Result, bail};
+use shoal::adapter::{Loaded, Module};
 use shoal::bundle::Parts;
 use shoal::config::DEFAULT_BUNDLE;
 use shoal::model::Weights;
@@ -47,6 +48,12 @@ fn describe(parts: &Parts) -> Result<String, fmt::Error> {
             describe_task(&mut text, task)?;
         }
     }
+    if !parts.adapters.is_empty() {
+        writeln!(text, "adapters")?;
+        for (name, adapter) in &parts.adapters {
+            describe_adapter(&mut text, name, adapter)?;
+        }
+    }
     match parts.faults.len() {
         0 => writeln!(text, "no faults")?,
         n => writeln!(text, "{n} {}", if n == 1 { "fault" } else { "faults" })?,
@@ -80,6 +87,20 @@ fn describe_task(text: &mut String, task: &Task) -> fmt::Result {
     for (name, control) in &task.controls {
         let default = control.default.as_deref().unwrap_or("none");
         writeln!(text, "  {:<9} {name}: {} (default {default})", "", control.kind.allowed())?;
+    }
+    if let Some(adapter) = &task.adapter {
+        writeln!(text, "  {:<9} adapter: {adapter}", "")?;
+    }
+    Ok(())
+}
+
+fn describe_adapter(text: &mut String, name: &str, adapter: &Loaded) -> fmt::Result {
+    let modules: Vec<&str> = adapter.modules().into_iter().map(Module::name).collect();
+    let (kind, bytes) = (adapter.kind.name(), grouped(adapter.bytes));
+    let modules = modules.join(", ");
+    writeln!(text, "  {name:<9} {kind} of rank {}, {bytes} bytes, on {modules}", adapter.rank)?;
+    if !adapter.tasks.is_empty() {
+        writeln!(text, "  {:<9} tasks: {}", "", adapter.tasks.join(", "))?;
     }
     Ok(())
 }

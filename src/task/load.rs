@@ -91,8 +91,9 @@ fn load_task(file: &Path, bundle_id: &str, faults: &mut Vec<String>) -> Task {
     let mut task = raw(&name, "");
     task.description = top.take("description").unwrap_or_default();
     task.template = top.take("template").unwrap_or(task.template);
-    if top.take::<Value>("adapter").is_some() {
-        top.fault("adapter", "is not supported: this version serves no adapters");
+    task.adapter = top.take("adapter");
+    if let Some(adapter) = task.adapter.as_deref().filter(|name| !is_valid_name(name)) {
+        top.fault("adapter", &format!("is {adapter:?}; allowed: 1 to 64 of A-Z a-z 0-9 . _ -"));
     }
     task.controls = top.section("controls").map(controls).unwrap_or_default();
     task.defaults = top.section("defaults").map(defaults).unwrap_or_default();
@@ -358,7 +359,7 @@ mod tests {
                 r#"
                 descripton = "typo"
                 template = 3
-                adapter = "lora"
+                adapter = "a/b"
                 [controls.words]
                 kind = "integer"
                 range = [60, 3]
@@ -395,7 +396,7 @@ mod tests {
             "tasks/not a name.toml: the name; allowed",
             "tasks/image.toml: descripton is unknown; allowed: description, template,",
             "tasks/image.toml: template is not possible: invalid type: integer",
-            "tasks/image.toml: adapter is not supported",
+            "tasks/image.toml: adapter is \"a/b\"; allowed: 1 to 64 of",
             "tasks/image.toml: controls.words.range is [60, 3]; allowed",
             "tasks/image.toml: controls.words.token must hold {} once",
             "tasks/image.toml: controls.tone.values are [\"calm\", \"calm\"]",

@@ -166,6 +166,55 @@ fn check_finds_all_faults_at_once() {
 }
 
 #[test]
+fn check_lists_adapters_and_their_faults() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = |from: &Path, to: &Path| {
+        fs::create_dir_all(to).unwrap();
+        for file in fs::read_dir(from).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    };
+    copy(Path::new(GOLDEN), dir.path());
+    let goldens = Path::new(GOLDEN).with_file_name("adapters");
+    for name in ["lora-attn", "lora-all"] {
+        copy(&goldens.join(name), &dir.path().join("adapters").join(name));
+    }
+    fs::create_dir(dir.path().join("tasks")).unwrap();
+    let task = |adapter: &str| {
+        fs::write(dir.path().join("tasks/image.toml"), format!("adapter = \"{adapter}\"")).unwrap();
+        let output = run(&["check", path(&dir)]);
+        (output.status.code(), text(&output.stdout))
+    };
+    let (code, said) = task("lora-all");
+    assert_eq!(code, Some(0), "{said}");
+    for want in [
+        "lora-attn lora of rank 4, ",
+        "lora-all  lora of rank 8, ",
+        "on attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj",
+        "adapter: lora-all",
+        "no faults",
+    ] {
+        assert!(said.contains(want), "missing: {want}\nin:\n{said}");
+    }
+    let config = dir.path().join("adapters/lora-attn/adapter_config.json");
+    let edited = fs::read_to_string(&config).unwrap().replace("\"r\": 4", "\"r\": 5");
+    fs::write(config, edited).unwrap();
+    fs::create_dir(dir.path().join("adapters/image")).unwrap();
+    let (code, said) = task("lora-none");
+    assert_eq!(code, Some(1), "{said}");
+    for want in [
+        "tasks/image.toml: adapter is \"lora-none\"; allowed: image, lora-all, lora-attn",
+        "adapters/image: the name is a task's",
+        "adapters/image/adapter_config.json: ",
+        "adapters/lora-attn/adapter_model.safetensors: base_model.model.transformer.h.0.",
+        "lora-all  lora of rank 8, ",
+    ] {
+        assert!(said.contains(want), "missing: {want}\nin:\n{said}");
+    }
+}
+
+#[test]
 fn a_wrong_configuration_ends_with_64_and_all_its_faults() {
     let mut command = shoal(&["serve", "--keep-alive", "0"]);
     let output = command.env("SHOAL_PORT", "x").env("SHOAL_LOG_FORMAT", "xml").output().unwrap();
