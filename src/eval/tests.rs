@@ -51,6 +51,7 @@ fn bundle() -> TempDir {
         eps: 1e-5,
         eos: fixture::tokenizer().token_id("<|endoftext|>"),
         tasks: Vec::new(),
+        moe: None,
     };
     let tensors = init::fresh(&spec, 7).unwrap();
     weights::save(dir.path(), &spec, &tensors, candle_core::DType::F32).unwrap();

@@ -62,6 +62,7 @@ mod tests {
             eps: 1e-5,
             eos: Some(3),
             tasks: vec!["image".into()],
+            moe: None,
         }
     }
 

@@ -1,6 +1,10 @@
 //! What a model is, as `config.json` says it: sizes, and the refusal of whatever the decoder would not
 //! honour. A configuration that is accepted is computed exactly as PyTorch would compute it.
 
+mod moe;
+
+pub use moe::{Gate, Moe};
+
 use super::Faults;
 use crate::ids::is_valid_name;
 use serde_json::{Map, Value, json};
@@ -26,6 +30,8 @@ pub struct Spec {
     pub eos: Option<u32>,
     /// `shoal.tasks`: the order in which task-indexed tensors count tasks.
     pub tasks: Vec<String>,
+    /// `shoal.moe`: the blocks that have experts.
+    pub moe: Option<Moe>,
 }
 
 /// The largest sizes that are believed, so that a hostile file cannot ask for all memory.
@@ -66,7 +72,10 @@ impl Spec {
             "tie_word_embeddings": true,
         });
         if !self.tasks.is_empty() {
-            config["shoal"] = json!({ "tasks": self.tasks });
+            config["shoal"]["tasks"] = json!(self.tasks);
+        }
+        if let Some(moe) = &self.moe {
+            config["shoal"]["moe"] = moe.to_config();
         }
         config
     }
@@ -76,15 +85,20 @@ impl Spec {
         self.width / self.heads
     }
 
+    /// The experts of a block, if it has any.
+    pub fn moe_of(&self, layer: usize) -> Option<&Moe> {
+        self.moe.as_ref().filter(|moe| moe.layers.contains(&layer))
+    }
+
     /// Every tensor of the model with its shape, in order of use. Matrices are Conv1D: `[in, out]`.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let (d, inner) = (self.width, self.inner);
+        let d = self.width;
         let mut tensors = vec![
             ("transformer.wte.weight".to_owned(), vec![self.vocab, d]),
             ("transformer.wpe.weight".to_owned(), vec![self.context, d]),
         ];
         for layer in 0..self.layers {
-            let parts = [
+            let attention = [
                 ("ln_1.weight", vec![d]),
                 ("ln_1.bias", vec![d]),
                 ("attn.c_attn.weight", vec![d, 3 * d]),
@@ -93,22 +107,40 @@ impl Spec {
                 ("attn.c_proj.bias", vec![d]),
                 ("ln_2.weight", vec![d]),
                 ("ln_2.bias", vec![d]),
-                ("mlp.c_fc.weight", vec![d, inner]),
-                ("mlp.c_fc.bias", vec![inner]),
-                ("mlp.c_proj.weight", vec![inner, d]),
-                ("mlp.c_proj.bias", vec![d]),
             ];
             let named = |(name, shape)| (format!("transformer.h.{layer}.{name}"), shape);
-            tensors.extend(parts.map(named));
+            tensors.extend(attention.map(|(name, shape)| (name.to_owned(), shape)).map(named));
+            tensors.extend(self.feed_forward(layer).into_iter().map(named));
         }
         tensors.push(("transformer.ln_f.weight".to_owned(), vec![d]));
         tensors.push(("transformer.ln_f.bias".to_owned(), vec![d]));
         tensors
     }
 
+    /// The tensors of a block's feed-forward network, below the block.
+    fn feed_forward(&self, layer: usize) -> Vec<(String, Vec<usize>)> {
+        let (d, inner) = (self.width, self.inner);
+        if let Some(moe) = self.moe_of(layer) {
+            return moe.tensors(self.tasks.len(), d, inner);
+        }
+        vec![
+            ("mlp.c_fc.weight".to_owned(), vec![d, inner]),
+            ("mlp.c_fc.bias".to_owned(), vec![inner]),
+            ("mlp.c_proj.weight".to_owned(), vec![inner, d]),
+            ("mlp.c_proj.bias".to_owned(), vec![d]),
+        ]
+    }
+
     /// Number of parameters; the head is the embedding table and counts once.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+
+    /// Number of parameters without the experts that a token is not sent to.
+    pub fn active_parameters(&self) -> usize {
+        let expert = 2 * self.width * self.inner + self.inner + self.width;
+        let idle = |moe: &Moe| moe.layers.len() * (moe.experts - moe.top_k) * expert;
+        self.parameters() - self.moe.as_ref().map_or(0, idle)
     }
 }
 
@@ -136,8 +168,10 @@ impl Reader<'_> {
         };
         let context_key = if self.get("n_positions").is_some() { "n_positions" } else { "n_ctx" };
         let vocab = self.size("vocab_size", MAX_VOCAB);
+        let layers = self.size("n_layer", MAX_LAYERS);
+        let (tasks, moe) = self.shoal(layers);
         Spec {
-            layers: self.size("n_layer", MAX_LAYERS).unwrap_or(1),
+            layers: layers.unwrap_or(1),
             heads: heads.unwrap_or(1),
             width,
             inner: inner.unwrap_or(1),
@@ -145,7 +179,8 @@ impl Reader<'_> {
             vocab: vocab.unwrap_or(1),
             eps: self.eps(),
             eos: self.eos(vocab),
-            tasks: self.shoal(),
+            tasks,
+            moe,
         }
     }
 
@@ -241,17 +276,29 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads `shoal`, the part that Hugging Face has no word for, and returns its tasks.
-    fn shoal(&mut self) -> Vec<String> {
-        let Some(shoal) = self.get("shoal").cloned() else { return Vec::new() };
-        let Value::Object(shoal) = shoal else {
-            self.fault("shoal is not an object".into());
-            return Vec::new();
+    /// Reads `shoal`, the part that Hugging Face has no word for: its tasks and its experts.
+    fn shoal(&mut self, layers: Option<usize>) -> (Vec<String>, Option<Moe>) {
+        let shoal = match self.get("shoal").cloned() {
+            Some(Value::Object(shoal)) => shoal,
+            Some(_) => {
+                self.fault("shoal is not an object".into());
+                return Default::default();
+            }
+            None => return Default::default(),
         };
-        for key in shoal.keys().filter(|key| *key != "tasks") {
-            self.fault(format!("shoal.{key} is not supported; allowed: tasks"));
+        for key in shoal.keys().filter(|key| !["tasks", "moe"].contains(&key.as_str())) {
+            self.fault(format!("shoal.{key} is not supported; allowed: tasks, moe"));
         }
-        let tasks = shoal.get("tasks").cloned().unwrap_or_else(|| json!([]));
+        let tasks = self.tasks(shoal.get("tasks").cloned());
+        let mut faults = Vec::new();
+        let moe = shoal.get("moe").filter(|moe| !moe.is_null());
+        let moe = moe.and_then(|moe| Moe::from_config(moe, layers, tasks.len(), &mut faults));
+        faults.into_iter().for_each(|fault| self.fault(fault));
+        (tasks, moe)
+    }
+
+    fn tasks(&mut self, value: Option<Value>) -> Vec<String> {
+        let tasks = value.unwrap_or_else(|| json!([]));
         let tasks: Vec<String> = match serde_json::from_value(tasks) {
             Ok(tasks) => tasks,
             Err(_) => {
@@ -316,7 +363,8 @@ mod tests {
             ("vocab_size", json!([])),
             ("layer_norm_epsilon", json!(0)),
             ("eos_token_id", json!(512)),
-            ("shoal", json!({"moe": {}})),
+            ("shoal", json!({"router": {}})),
+            ("shoal", json!({"moe": []})),
             ("shoal", json!({"tasks": ["a b"]})),
             ("shoal", json!({"tasks": ["a", "a"]})),
             ("shoal", json!({"tasks": 1})),

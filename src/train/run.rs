@@ -238,6 +238,7 @@ fn spec_of(recipe: &Recipe, codec: &Codec) -> Spec {
         eps: 1e-5,
         eos: Some(codec.end_of_text),
         tasks: recipe.task_names(),
+        moe: None,
     }
 }
 

@@ -51,6 +51,7 @@ fn bundle() -> TempDir {
         eps: 1e-5,
         eos: Some(0),
         tasks: Vec::new(),
+        moe: None,
     };
     init::random_bundle(dir.path(), &spec, 7, candle_core::DType::F32).unwrap();
     fs::write(dir.path().join("tokenizer.json"), tokenizer_json()).unwrap();

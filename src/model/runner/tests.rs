@@ -28,6 +28,7 @@ fn runner_over(edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> CandleRunner {
         eps: 1e-5,
         eos: None,
         tasks: Vec::new(),
+        moe: None,
     };
     let mut tensors = fresh(&spec, 1).unwrap();
     edit(&mut tensors);

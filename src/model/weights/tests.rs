@@ -19,6 +19,7 @@ fn spec() -> Spec {
         eps: 1e-5,
         eos: None,
         tasks: Vec::new(),
+        moe: None,
     }
 }
 

@@ -27,6 +27,7 @@ fn spec() -> Spec {
         eps: 1e-5,
         eos: Some(0),
         tasks: Vec::new(),
+        moe: None,
     }
 }
 
