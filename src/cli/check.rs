@@ -71,7 +71,18 @@ fn describe_weights(text: &mut String, weights: &Weights) -> fmt::Result {
         "model       gpt2: {} layers of {} heads, width {}, inner width {}, context {}, vocabulary {}",
         spec.layers, spec.heads, spec.width, spec.inner, spec.context, spec.vocab
     )?;
-    writeln!(text, "parameters  {}", grouped(spec.parameters()))?;
+    write!(text, "parameters  {}", grouped(spec.parameters()))?;
+    if let Some(moe) = &spec.moe {
+        writeln!(text, ", {} of them active for a token", grouped(spec.active_parameters()))?;
+        let layers: Vec<String> = moe.layers.iter().map(usize::to_string).collect();
+        let (count, top_k, gate) = (moe.experts, moe.top_k, moe.gate.name());
+        write!(text, "experts     {count} in layers {}, top {top_k}", layers.join(", "))?;
+        write!(text, ", chosen by a {gate} gate")?;
+        if moe.gate.knows_tasks() {
+            write!(text, " over {}", spec.tasks.join(", "))?;
+        }
+    }
+    writeln!(text)?;
     let (dtype, bytes) = (weights.dtype().as_str(), grouped(weights.bytes()));
     writeln!(text, "weights     {bytes} bytes, {dtype}")
 }

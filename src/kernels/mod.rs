@@ -18,6 +18,7 @@ mod kv;
 mod linear;
 mod loss;
 mod memory;
+mod mix;
 mod mmap;
 mod norm;
 mod ops;
@@ -31,6 +32,7 @@ mod threads;
 
 pub use grouped::{Group, LowRankGroup, grouped_matmul, low_rank_add};
 pub use kv::{KvPool, KvShape, PagedRows};
+pub use mix::mix_rows;
 pub use mmap::map_file;
 pub use ops::{Mode, Ops};
 pub use optim::{AdamW, adamw_step, l2_norm_squared};

@@ -3,7 +3,7 @@
 //! It maps packed rows to packed rows and never learns which sequence, adapter or task a row belongs to:
 //! that is the [`Pass`] it is handed. Invariant: apart from attention each row is computed on its own.
 
-use super::Spec;
+use super::{MoeLayer, Routes, Spec};
 use crate::adapter::Module;
 use crate::kernels::{Ops, PackedMatrix, Precision};
 use candle_core::{Result, Tensor, bail};
@@ -36,6 +36,15 @@ pub trait Pass {
     fn adapt(&mut self, _site: Site, _x: &Tensor, y: Tensor) -> Result<Tensor> {
         Ok(y)
     }
+
+    /// The tasks of the rows as the gates of experts count them, of the kept rows only or of all. It may
+    /// end early: rows beyond it have none.
+    fn gates(&self, _kept: bool) -> &[Option<u32>] {
+        &[]
+    }
+
+    /// Hears where the rows, of the kept ones only or of all, went in a layer with experts.
+    fn routed(&mut self, _layer: usize, _kept: bool, _routes: &Routes) {}
 }
 
 /// Attention among packed whole sequences, differentiable: what training uses.
@@ -86,14 +95,44 @@ impl Norm {
     }
 }
 
+/// What follows attention in a block.
+#[derive(Debug)]
+enum FeedForward {
+    Dense { c_fc: Linear, c_proj: Linear },
+    Experts(MoeLayer),
+}
+
+impl FeedForward {
+    fn forward(
+        &self,
+        ops: &Ops,
+        (layer, kept): (usize, bool),
+        x: &Tensor,
+        pass: &mut dyn Pass,
+    ) -> Result<Tensor> {
+        let site = |module| Site { layer, module, kept };
+        match self {
+            FeedForward::Dense { c_fc, c_proj } => {
+                let inner = pass.adapt(site(Module::FcIn), x, c_fc.forward(ops, x)?)?;
+                let inner = ops.gelu(&inner)?;
+                pass.adapt(site(Module::FcOut), &inner, c_proj.forward(ops, &inner)?)
+            }
+            FeedForward::Experts(experts) => {
+                let (y, routes) = experts.forward(ops, x, pass.gates(kept))?;
+                pass.routed(layer, kept, &routes);
+                Ok(y)
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Block {
     ln_1: Norm,
     c_attn: Linear,
     attn_proj: Linear,
     ln_2: Norm,
-    c_fc: Linear,
-    mlp_proj: Linear,
+    feed_forward: FeedForward,
 }
 
 impl Block {
@@ -120,10 +159,7 @@ impl Block {
         let projected = self.attn_proj.forward(ops, &attended)?;
         let x = ops.add(&x, &pass.adapt(site(Module::AttnProj, kept), &attended, projected)?)?;
         let normal = self.ln_2.forward(ops, &x)?;
-        let inner = self.c_fc.forward(ops, &normal)?;
-        let inner = ops.gelu(&pass.adapt(site(Module::FcIn, kept), &normal, inner)?)?;
-        let outer = self.mlp_proj.forward(ops, &inner)?;
-        ops.add(&x, &pass.adapt(site(Module::FcOut, kept), &inner, outer)?)
+        ops.add(&x, &self.feed_forward.forward(ops, (layer, kept), &normal, pass)?)
     }
 }
 
@@ -230,7 +266,7 @@ impl Builder<'_> {
             true => Table::Packed(PackedMatrix::from_out_in(&wte, self.ops.precision)?),
             false => Table::Plain(wte),
         };
-        let blocks = (0..spec.layers).map(|i| self.block(&vb.pp("h").pp(i)));
+        let blocks = (0..spec.layers).map(|i| self.block(i, &vb.pp("h").pp(i)));
         Ok(Decoder {
             spec: spec.clone(),
             ops: self.ops,
@@ -241,16 +277,31 @@ impl Builder<'_> {
         })
     }
 
-    fn block(&self, vb: &VarBuilder<'_>) -> Result<Block> {
-        let (d, inner) = (self.spec.width, self.spec.inner);
-        let (attn, mlp) = (vb.pp("attn"), vb.pp("mlp"));
+    fn block(&self, layer: usize, vb: &VarBuilder<'_>) -> Result<Block> {
+        let (d, attn) = (self.spec.width, vb.pp("attn"));
         Ok(Block {
             ln_1: self.norm(&vb.pp("ln_1"))?,
             c_attn: self.linear(&attn.pp("c_attn"), d, 3 * d)?,
             attn_proj: self.linear(&attn.pp("c_proj"), d, d)?,
             ln_2: self.norm(&vb.pp("ln_2"))?,
+            feed_forward: self.feed_forward(layer, vb)?,
+        })
+    }
+
+    fn feed_forward(&self, layer: usize, vb: &VarBuilder<'_>) -> Result<FeedForward> {
+        let (spec, d, inner) = (self.spec, self.spec.width, self.spec.inner);
+        if let Some(moe) = spec.moe_of(layer) {
+            let vb = vb.pp("moe");
+            let layer = match self.packed {
+                true => MoeLayer::packed(spec, moe, &vb, self.ops.precision),
+                false => MoeLayer::new(spec, moe, &vb),
+            };
+            return layer.map(FeedForward::Experts);
+        }
+        let mlp = vb.pp("mlp");
+        Ok(FeedForward::Dense {
             c_fc: self.linear(&mlp.pp("c_fc"), d, inner)?,
-            mlp_proj: self.linear(&mlp.pp("c_proj"), inner, d)?,
+            c_proj: self.linear(&mlp.pp("c_proj"), inner, d)?,
         })
     }
 

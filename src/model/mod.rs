@@ -1,7 +1,7 @@
 //! Compute: what a model is and what a step of it computes.
 //!
 //! [`spec`] reads `config.json`, [`weights`] maps `model.safetensors`, [`decoder`] is the one GPT-2 that
-//! both training and serving run, [`runner`] drives it a [`step`] at a time over a paged KV cache, and
+//! both training and serving run, with [`moe`] for feed-forward networks of experts; [`runner`] drives it a [`step`] at a time over a paged KV cache, and
 //! [`sample`] turns logits into tokens. [`init`] makes fresh weights.
 //!
 //! Knows tensors and rows. Must not know requests, tasks, text or time. Nothing in a bundle, however
@@ -9,6 +9,7 @@
 
 pub mod decoder;
 pub mod init;
+pub mod moe;
 pub mod runner;
 pub mod sample;
 pub mod spec;
@@ -16,8 +17,9 @@ pub mod step;
 pub mod weights;
 
 pub use decoder::{CausalPacked, Decoder, Pass, Site};
+pub use moe::{MoeLayer, Routes};
 pub use runner::CandleRunner;
-pub use spec::Spec;
+pub use spec::{Moe, Spec};
 pub use weights::Weights;
 
 pub use crate::error::Faults;

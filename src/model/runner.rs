@@ -4,13 +4,16 @@
 //! [`StepInput`] is an error before anything is written.
 
 use super::decoder::{Decoder, Pass, Site};
-use super::step::{AdapterRows, Capacity, Mix, Runner, StepError, StepInput, StepOutput};
-use super::{adapter_shape, kv_shape, sample};
+use super::step::{
+    AdapterRows, Capacity, Experts, Mix, Routing, Runner, StepError, StepInput, StepOutput,
+};
+use super::{Routes, Spec, adapter_shape, kv_shape, sample};
 use crate::adapter;
 use crate::kernels::{KvPool, LowRankGroup, PagedRows, in_pool, low_rank_add};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// Rows whose logits are held at once: a vocabulary of 50k makes 13 MB of them.
@@ -43,8 +46,8 @@ impl CandleRunner {
         &self.decoder
     }
 
-    /// Runs all rows; gives the hidden states of `wanted`, which are sorted.
-    fn hidden(&mut self, input: &StepInput, wanted: &[u32]) -> CandleResult<Tensor> {
+    /// Runs all rows; gives the hidden states of `wanted`, which are sorted, and where rows went.
+    fn hidden(&mut self, input: &StepInput, wanted: &[u32]) -> CandleResult<(Tensor, Routing)> {
         let rows = input.tokens.len();
         let tokens = Tensor::from_slice(&input.tokens, rows, &Device::Cpu)?;
         let positions = Tensor::from_slice(&input.positions, rows, &Device::Cpu)?;
@@ -56,8 +59,10 @@ impl CandleRunner {
             .then(|| Tensor::from_slice(wanted, wanted.len(), &Device::Cpu))
             .transpose()?;
         let adapters = Adapters::new(&input.adapters, wanted);
-        let pass = &mut Paged { pool: &mut self.pool, rows: paged, kept, adapters };
-        self.decoder.hidden(&tokens, &positions, pass)
+        let routed = Routed::new(input, wanted);
+        let mut pass = Paged { pool: &mut self.pool, rows: paged, kept, adapters, routed };
+        let hidden = self.decoder.hidden(&tokens, &positions, &mut pass)?;
+        Ok((hidden, pass.routed.routing))
     }
 
     /// Applies `f` to the logits of each of `asked`, given which row of `hidden` it is about.
@@ -86,11 +91,11 @@ impl CandleRunner {
 
     fn compute(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
         let wanted = wanted_rows(input);
-        let hidden = self.hidden(input, &wanted)?;
+        let (hidden, routing) = self.hidden(input, &wanted)?;
         let find = |row: usize| wanted.partition_point(|&w| (w as usize) < row) as u32;
         let sampled = self.with_logits(&hidden, &input.samples, |s| find(s.row), sample::choose)?;
         let scored = self.with_logits(&hidden, &input.scores, |s| find(s.row), sample::score)?;
-        Ok(StepOutput { sampled, scored, ..StepOutput::default() })
+        Ok(StepOutput { sampled, scored, routing })
     }
 }
 
@@ -99,9 +104,17 @@ impl Runner for CandleRunner {
         self.capacity
     }
 
+    fn experts(&self) -> Option<Experts> {
+        let spec = self.decoder.spec();
+        let moe = spec.moe.as_ref()?;
+        let tasks = if moe.gate.knows_tasks() { spec.tasks.clone() } else { Vec::new() };
+        Some(Experts { layers: moe.layers.clone(), count: moe.experts, top_k: moe.top_k, tasks })
+    }
+
     fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
         check(input, &self.capacity)?;
         check_adapters(input, &self.shape)?;
+        check_gates(input, self.decoder.spec())?;
         if input.tokens.is_empty() {
             return Ok(StepOutput::default());
         }
@@ -124,6 +137,43 @@ struct Paged<'a> {
     rows: PagedRows<'a>,
     kept: Option<Tensor>,
     adapters: Adapters<'a>,
+    routed: Routed<'a>,
+}
+
+/// What gates are told of a step's rows, and what they tell.
+struct Routed<'a> {
+    /// The rows that are kept.
+    wanted: &'a [u32],
+    /// Tasks of all rows, and of the wanted ones.
+    gates: [Vec<Option<u32>>; 2],
+    routing: Routing,
+}
+
+impl<'a> Routed<'a> {
+    fn new(input: &StepInput, wanted: &'a [u32]) -> Self {
+        let all = input.slices.iter().flat_map(|s| repeat_n(s.gate, s.rows.len()));
+        let all: Vec<_> = all.collect();
+        let kept = wanted.iter().map(|&row| all[row as usize]).collect();
+        Self { wanted, gates: [all, kept], routing: Routing::default() }
+    }
+
+    /// Puts down one layer more.
+    fn add(&mut self, kept: bool, routes: &Routes) {
+        let Routing { experts, entropy } = &mut self.routing;
+        if !kept {
+            experts.extend(&routes.experts);
+            entropy.extend(&routes.entropy);
+            return;
+        }
+        let (k, rows, before) = (routes.top_k, self.gates[0].len(), entropy.len());
+        entropy.resize(before + rows, f32::NAN);
+        experts.resize((before + rows) * k, Routing::NONE);
+        for (i, &row) in self.wanted.iter().enumerate() {
+            let at = before + row as usize;
+            entropy[at] = routes.entropy[i];
+            experts[at * k..(at + 1) * k].copy_from_slice(&routes.experts[i * k..(i + 1) * k]);
+        }
+    }
 }
 
 impl Pass for Paged<'_> {
@@ -133,6 +183,14 @@ impl Pass for Paged<'_> {
 
     fn attend(&mut self, layer: usize, qkv: &Tensor) -> CandleResult<Tensor> {
         self.pool.attend(layer, qkv, &self.rows)
+    }
+
+    fn gates(&self, kept: bool) -> &[Option<u32>] {
+        &self.routed.gates[usize::from(kept)]
+    }
+
+    fn routed(&mut self, _layer: usize, kept: bool, routes: &Routes) {
+        self.routed.add(kept, routes);
     }
 
     fn adapt(&mut self, site: Site, x: &Tensor, y: Tensor) -> CandleResult<Tensor> {
@@ -227,6 +285,16 @@ fn check_adapters(input: &StepInput, shape: &adapter::Shape) -> Result<(), StepE
         }
     }
     Ok(())
+}
+
+/// A gate's task is one that the model's gates know.
+fn check_gates(input: &StepInput, spec: &Spec) -> Result<(), StepError> {
+    let known = spec.moe.as_ref().is_some_and(|moe| moe.gate.knows_tasks());
+    let tasks = if known { spec.tasks.len() } else { 0 };
+    match input.slices.iter().filter_map(|s| s.gate).find(|&task| task as usize >= tasks) {
+        Some(task) => Err(format!("gate task {task} of a model whose gates know {tasks}").into()),
+        None => Ok(()),
+    }
 }
 
 /// Positions of a slice are consecutive, within the context, and have blocks.
