@@ -1,10 +1,11 @@
-//! Weighted sums of chosen rows: how the results of a row's experts come together again.
+//! Weighted means of chosen rows: how the results of a row's experts come together again.
 
 use super::autograd::elements;
 use candle_core::{Device, Result, Tensor, bail};
 
 /// Row `i` of the result is `Σ weights[j] · y[places[j]]` over the `per_row` entries `j` that begin at
-/// `i * per_row`, added in that order. A weight of 1 copies exactly. Not differentiable.
+/// `i * per_row`, whose weights add up to 1. It is computed as the first one's row and, one after the
+/// other, what the rest differ from it: the mean of equal rows is exactly them. Not differentiable.
 ///
 /// An error if there are not as many weights as places, if `per_row` does not divide them, or if a
 /// place is outside `y [rows, d]`.
@@ -21,14 +22,14 @@ pub fn mix_rows(y: &Tensor, places: &[u32], weights: &[f32], per_row: usize) -> 
     let mut out = Vec::with_capacity(places.len() / per_row * d);
     for (places, weights) in places.chunks_exact(per_row).zip(weights.chunks_exact(per_row)) {
         let row = |place: u32| &y[place as usize * d..][..d];
+        let first = row(places[0]);
         let start = out.len();
-        match weights[0] {
-            1.0 => out.extend_from_slice(row(places[0])),
-            weight => out.extend(row(places[0]).iter().map(|y| weight * y)),
-        }
+        out.extend_from_slice(first);
         for (&place, weight) in places.iter().zip(weights).skip(1) {
             let sums = out[start..].iter_mut();
-            sums.zip(row(place)).for_each(|(sum, y)| *sum += weight * y);
+            sums.zip(row(place))
+                .zip(first)
+                .for_each(|((sum, y), first)| *sum += weight * (y - first));
         }
     }
     Tensor::from_vec(out, (places.len() / per_row, d), &Device::Cpu)
@@ -43,11 +44,22 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_added_with_their_weights() {
-        let mixed = mix_rows(&rows(), &[2, 0, 1, 1], &[1.0, 0.5, 0.25, -1.0], 2).unwrap();
-        assert_eq!(mixed.to_vec2::<f32>().unwrap(), [[100.5, 201.0], [-7.5, -15.0]]);
+    fn rows_are_averaged_by_their_weights() {
+        let weights = [0.5, 0.5, 0.25, 0.75];
+        let mixed = mix_rows(&rows(), &[2, 0, 1, 0], &weights, 2).unwrap();
+        assert_eq!(mixed.to_vec2::<f32>().unwrap(), [[50.5, 101.0], [3.25, 6.5]]);
         let moved = mix_rows(&rows(), &[1, 0], &[1.0, 1.0], 1).unwrap();
         assert_eq!(moved.to_vec2::<f32>().unwrap(), [[10.0, 20.0], [1.0, 2.0]]);
+        let three = mix_rows(&rows(), &[0, 1, 2], &[0.5, 0.25, 0.25], 3).unwrap();
+        assert_eq!(three.to_vec2::<f32>().unwrap(), [[28.0, 56.0]]);
+    }
+
+    #[test]
+    fn equal_rows_stay_what_they_are() {
+        let rows = Tensor::new(&[[0.1f32, -7.3], [0.1, -7.3]], &Device::Cpu).unwrap();
+        let third = 1.0 / 3.0;
+        let mixed = mix_rows(&rows, &[0, 1, 1], &[third; 3], 3).unwrap();
+        assert_eq!(mixed.to_vec2::<f32>().unwrap(), [[0.1, -7.3]]);
     }
 
     #[test]

@@ -48,7 +48,9 @@ pub fn upcycle(
             None => normals(shape, gate_std, &mut rng)?,
             Some(source) => match dense.get(&source).filter(|t| t.dims() == shape) {
                 Some(tensor) => tensor.clone(),
-                None => bail!("{source} {shape:?}, which becomes {name}, is not in the dense model"),
+                None => {
+                    bail!("{source} {shape:?}, which becomes {name}, is not in the dense model")
+                }
             },
         };
         tensors.insert(name, tensor);

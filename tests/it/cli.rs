@@ -2,7 +2,8 @@
 
 use crate::harness::{Client, tokenizer_json};
 use serde_json::{Value, json};
-use shoal::model::{Spec, init};
+use shoal::model::init;
+use shoal::model::spec::{Gate, Moe, Spec};
 use shoal::text::Tokenizer;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -40,6 +41,11 @@ fn text(bytes: &[u8]) -> String {
 
 /// A bundle with a small fresh model and one task, `image`.
 fn bundle() -> TempDir {
+    bundle_of(None)
+}
+
+/// The same, perhaps with experts.
+fn bundle_of(moe: Option<Moe>) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let spec = Spec {
         layers: 1,
@@ -50,8 +56,8 @@ fn bundle() -> TempDir {
         vocab: 572,
         eps: 1e-5,
         eos: Some(0),
-        tasks: Vec::new(),
-        moe: None,
+        tasks: if moe.is_some() { vec!["image".into()] } else { Vec::new() },
+        moe,
     };
     init::random_bundle(dir.path(), &spec, 7, candle_core::DType::F32).unwrap();
     fs::write(dir.path().join("tokenizer.json"), tokenizer_json()).unwrap();
@@ -140,6 +146,15 @@ fn check_says_what_a_bundle_is() {
     ] {
         assert!(said.contains(want), "missing: {want}\nin:\n{said}");
     }
+}
+
+#[test]
+fn check_describes_experts() {
+    let moe = Moe { layers: vec![0], experts: 4, top_k: 2, gate: Gate::TokenTask };
+    let said = text(&run(&["check", path(&bundle_of(Some(moe)))]).stdout);
+    let expected = "experts     4 in layers 0, top 2, chosen by a token_task gate over image\n";
+    assert!(said.contains(expected) && said.contains("no faults"), "{said}");
+    assert!(said.contains(" of them active for a token\n"), "{said}");
 }
 
 #[test]

@@ -21,19 +21,17 @@ pub struct Packed {
 #[derive(Debug)]
 enum PackedGate {
     Token(PackedMatrix),
-    TokenTask { weight: PackedMatrix, biases: Vec<Vec<f32>> },
+    TokenTask {
+        weight: PackedMatrix,
+        biases: Vec<Vec<f32>>,
+    },
     PerTask(Vec<PackedMatrix>),
     /// The choices themselves.
     Task(Routes),
 }
 
 impl Packed {
-    pub fn load(
-        spec: &Spec,
-        moe: &Moe,
-        vb: &VarBuilder<'_>,
-        precision: Precision,
-    ) -> Result<Self> {
+    pub fn load(spec: &Spec, moe: &Moe, vb: &VarBuilder<'_>, precision: Precision) -> Result<Self> {
         let pack = |w: Tensor| PackedMatrix::from_in_out(&w, precision);
         let expert = |e| Expert::load(spec, &vb.pp("experts").pp(e), pack);
         Ok(Self {

@@ -95,7 +95,7 @@ fn more_rows_than_logits_are_held_for() {
 #[test]
 fn contradictions_are_errors() {
     type Edit = fn(&mut StepInput);
-    let cases: [(&str, Edit); 22] = [
+    let cases: [(&str, Edit); 23] = [
         ("5 positions for 6", |s| s.positions.truncate(5)),
         ("token 50", |s| s.tokens[0] = VOCAB as u32),
         ("do not follow", |s| s.slices.swap(0, 1)),
@@ -107,6 +107,7 @@ fn contradictions_are_errors() {
         ("outside a context", |s| s.positions[5] = CONTEXT as u32),
         ("outside a context", |s| s.positions[5] = u32::MAX),
         ("no block", |s| s.slices[0].table = 0..1),
+        ("gate task 0", |s| s.slices[1].gate = Some(0)),
         ("no block", |s| s.block_tables[3] = BLOCKS as u32),
         ("ends no slice", |s| s.samples[0].row = 3),
         ("ends no slice", |s| s.samples[0].row = usize::MAX),
