@@ -4,6 +4,7 @@
 
 mod adapters;
 
+use crate::adapter::registry::{Bounds, Registry, Wanted};
 use crate::adapter::{self, Loaded};
 use crate::config::{Dtype, bundle_id};
 use crate::engine::{self, EngineHandle, Settings};
@@ -12,7 +13,7 @@ use crate::metrics::Metrics;
 use crate::model::{self, LoadOptions, Spec, Weights};
 use crate::task::TaskTable;
 use crate::text::{END_OF_TEXT, Prompts, Tokenizer};
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use candle_core::DType;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -140,6 +141,30 @@ impl Bundle {
         let path = self.path.clone();
         let build = move || model::load(&path, &options).map_err(|faults| faults.into());
         engine::start(build, &self.tasks, settings, metrics)
+    }
+
+    /// Its adapters for requests; those that its tasks need are pinned.
+    ///
+    /// # Errors
+    /// What they exceed of these bounds.
+    pub fn registry(
+        &mut self,
+        dtype: Dtype,
+        bounds: Bounds,
+        metrics: Arc<Metrics>,
+    ) -> Result<Registry> {
+        let registry = Registry::new(self.adapter_shape(dtype), bounds, metrics);
+        // Again, because they may be wanted in another precision.
+        for name in std::mem::take(&mut self.adapters).into_keys() {
+            let wanted = Wanted::new(&name, &self.path.join(adapters::FOLDER).join(&name));
+            let loaded = registry.load(&wanted);
+            loaded.map_err(|e| anyhow!("{}/{name}: {e}", adapters::FOLDER))?;
+        }
+        let needed = self.tasks.iter().filter_map(|task| task.adapter.as_deref());
+        needed.for_each(|adapter| {
+            registry.pin(adapter);
+        });
+        Ok(registry)
     }
 
     /// What the weights are held in, in a word.

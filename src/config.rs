@@ -54,6 +54,9 @@ pub struct Serve {
     /// How much at once
     #[command(flatten)]
     pub batching: Batching,
+    /// Which adapters
+    #[command(flatten)]
+    pub adapters: Adapters,
     /// Largest request body, in bytes
     #[arg(long, default_value_t = 2 << 20, value_parser = count(1..=1 << 30))]
     pub max_body_bytes: usize,
@@ -109,6 +112,38 @@ pub struct Batching {
     /// Tokens of one KV block
     #[arg(long, default_value_t = 16, value_parser = count(1..=1024))]
     pub block_size: usize,
+    /// Compute each prompt anew, even where another one began alike
+    #[arg(long)]
+    pub no_prefix_cache: bool,
+}
+
+/// Which adapters there are beside the bundle's own, and who may change them while serving.
+#[derive(Args, Clone)]
+pub struct Adapters {
+    /// An adapter's name and folder, as NAME=FOLDER; may be given several times
+    #[arg(long = "adapter", id = "adapter", value_parser = named_folder)]
+    pub extra: Vec<(String, PathBuf)>,
+    /// Adapters at once
+    #[arg(long, default_value_t = 128, value_parser = count(1..=1 << 14))]
+    pub max_adapters: usize,
+    /// Largest rank of an adapter
+    #[arg(long, default_value_t = 256, value_parser = count(1..=1 << 12))]
+    pub max_lora_rank: usize,
+    /// Bytes of all adapters in memory
+    #[arg(long, default_value_t = 1 << 30, value_parser = count(1..=1 << 40))]
+    pub max_adapter_bytes: usize,
+    /// Let the holder of the admin key load and unload adapters and add tasks
+    #[arg(long)]
+    pub enable_adapter_admin: bool,
+    /// File with the admin key [environment also: SHOAL_ADMIN_KEY, the key itself]
+    #[arg(long)]
+    pub admin_key_file: Option<PathBuf>,
+    /// The admin key itself: for the environment, where nobody else reads it
+    #[arg(long, hide = true)]
+    pub admin_key: Option<String>,
+    /// The only folder that adapters are loaded from while serving [default: the bundle's adapters/]
+    #[arg(long)]
+    pub adapter_root: Option<PathBuf>,
 }
 
 /// What is logged, and how; to standard error.
@@ -142,6 +177,50 @@ pub enum LogFormat {
     Pretty,
     /// One JSON object a line
     Json,
+}
+
+/// The shortest key that is worth the name.
+const MIN_KEY: usize = 16;
+
+impl Adapters {
+    /// The admin key, if administration is enabled.
+    ///
+    /// # Errors
+    /// What is wrong with the key, or that there is none.
+    pub fn admin_key(&self) -> Result<Option<String>, String> {
+        if !self.enable_adapter_admin {
+            return Ok(None);
+        }
+        let key = match (&self.admin_key_file, &self.admin_key) {
+            (Some(path), _) => std::fs::read_to_string(path)
+                .map_err(|e| format!("--admin-key-file {}: {e}", path.display()))?,
+            (None, Some(key)) => key.clone(),
+            (None, None) => {
+                let needs =
+                    "--enable-adapter-admin needs a key: --admin-key-file or SHOAL_ADMIN_KEY";
+                return Err(needs.into());
+            }
+        };
+        let key = key.trim();
+        let printable = key.bytes().all(|b| b.is_ascii_graphic());
+        match key.len() >= MIN_KEY && printable {
+            true => Ok(Some(key.to_owned())),
+            false => {
+                Err(format!("the admin key; allowed: {MIN_KEY} or more letters, digits and signs"))
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Adapters {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Adapters")
+            .field("extra", &self.extra)
+            .field("max_adapters", &self.max_adapters)
+            .field("enable_adapter_admin", &self.enable_adapter_admin)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Serve {
@@ -201,6 +280,13 @@ fn name(text: &str) -> Result<String, String> {
     if is_valid_name(text) { Ok(text.into()) } else { Err(allowed.into()) }
 }
 
+fn named_folder(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((given, folder)) if !folder.is_empty() => Ok((name(given)?, folder.into())),
+        _ => Err("allowed: NAME=FOLDER".into()),
+    }
+}
+
 fn filter(text: &str) -> Result<String, String> {
     let parsed = tracing_subscriber::EnvFilter::try_new(text);
     parsed.map(|_| text.to_string()).map_err(|e| e.to_string())
@@ -219,6 +305,7 @@ mod tests {
             prefill_chunk: 128,
             kv_tokens: None,
             block_size: 16,
+            no_prefix_cache: false,
         };
         assert_eq!(batching.kv_tokens(256, 1024), 64 * 256);
         assert_eq!(batching.kv_tokens(1024, 1 << 16), KV_BYTES >> 16);

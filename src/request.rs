@@ -14,8 +14,14 @@ use std::time::{Duration, Instant};
 pub struct Request {
     /// `x-request-id`, given or made.
     pub id: String,
-    /// A task's name, or the bundle's id for raw text.
+    /// A task's name; the bundle's id or an adapter's name for raw text.
     pub model: String,
+    /// Adapters with their weights, in place of the task's own; none of them is the base alone.
+    pub adapters: Option<Vec<(String, f32)>>,
+    /// Which task raw text is for, where adapters or experts depend on it.
+    pub task: Option<String>,
+    /// Report which adapters and experts computed the answer.
+    pub debug: bool,
     /// The prompts; every one gives `n` texts.
     pub inputs: Vec<Input>,
     /// Control name to value, as given; checked against the task.

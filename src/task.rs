@@ -3,9 +3,12 @@
 
 mod load;
 
+pub use load::MAX_TASKS;
+
 use crate::ids::TaskId;
 use crate::request::Params;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// One task, checked.
 #[derive(Clone, Debug)]
@@ -103,31 +106,51 @@ impl Default for Slo {
     }
 }
 
-/// All tasks of a bundle. The last one is always the bundle itself: raw text, no template.
+/// All tasks of a server; one of them is the bundle itself: raw text, no template.
 #[derive(Clone, Debug)]
 pub struct TaskTable {
-    tasks: Vec<Task>,
+    tasks: Vec<Arc<Task>>,
+    bundle: usize,
 }
 
 impl TaskTable {
-    /// A table of these tasks; their ids become their places.
+    /// A table of these tasks, of which the last is the bundle itself; their ids become their places.
     pub fn new(tasks: Vec<Task>) -> Self {
-        let number = |(i, task): (usize, Task)| Task { id: TaskId(i as u16), ..task };
-        Self { tasks: tasks.into_iter().enumerate().map(number).collect() }
+        let number = |(i, task): (usize, Task)| Arc::new(Task { id: TaskId(i as u16), ..task });
+        let tasks: Vec<_> = tasks.into_iter().enumerate().map(number).collect();
+        Self { bundle: tasks.len().saturating_sub(1), tasks }
+    }
+
+    /// The same and one more task, which gets the next id.
+    pub fn with(&self, task: Task) -> Self {
+        let mut table = self.clone();
+        table.tasks.push(Arc::new(Task { id: TaskId(self.tasks.len() as u16), ..task }));
+        table
     }
 
     /// All tasks, in the order of their ids.
-    pub fn iter(&self) -> impl Iterator<Item = &Task> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Task>> {
         self.tasks.iter()
     }
 
+    /// The bundle itself.
+    pub fn bundle(&self) -> &Arc<Task> {
+        &self.tasks[self.bundle]
+    }
+
+    /// All but the bundle itself.
+    pub fn named(&self) -> impl Iterator<Item = &Arc<Task>> {
+        let bundle = self.bundle().id;
+        self.tasks.iter().filter(move |task| task.id != bundle)
+    }
+
     /// The task with this id.
-    pub fn get(&self, id: TaskId) -> &Task {
+    pub fn get(&self, id: TaskId) -> &Arc<Task> {
         &self.tasks[usize::from(id.0)]
     }
 
     /// The task that a client calls `name`.
-    pub fn find(&self, name: &str) -> Option<&Task> {
+    pub fn find(&self, name: &str) -> Option<&Arc<Task>> {
         self.tasks.iter().find(|t| t.name == name)
     }
 

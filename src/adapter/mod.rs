@@ -13,6 +13,7 @@ mod files;
 mod load;
 mod lora;
 mod mta;
+pub mod registry;
 mod targets;
 
 pub use config::FILE as CONFIG_FILE;

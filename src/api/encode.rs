@@ -1,5 +1,5 @@
 //! The prompts of one request, from text or token ids to what the engine is given. Refuses what cannot
-//! fit the context, as early as that is known.
+//! fit the context, as early as that is known. The templates are those of the moment.
 //!
 //! Much text is encoded on threads of its own, of which there are few: neither sockets nor compute
 //! wait for it.
@@ -25,30 +25,36 @@ pub struct Encoder {
 }
 
 struct Shared {
-    prompts: Prompts,
+    tokenizer: Arc<Tokenizer>,
     /// The token that ends a text, and stands for an empty prompt.
     end_of_text: Option<u32>,
     /// Bytes of the longest token: no text can be encoded in fewer than its bytes over these.
     longest_token: usize,
 }
 
+/// Whose prompts are to be encoded.
+pub struct Subject {
+    /// The templates of all tasks.
+    pub prompts: Arc<Prompts>,
+    /// The task.
+    pub task: Arc<Task>,
+    /// Whether it takes token ids.
+    pub raw: bool,
+}
+
 impl Encoder {
-    /// An encoder with these templates, for a model whose texts end with `end_of_text`.
-    pub fn new(prompts: Prompts, end_of_text: Option<u32>) -> Self {
-        let tokenizer = prompts.tokenizer();
+    /// An encoder for a model whose texts end with `end_of_text`.
+    pub fn new(tokenizer: Arc<Tokenizer>, end_of_text: Option<u32>) -> Self {
         let ids = 0..tokenizer.vocab_size() as u32;
-        let shared = Shared {
-            end_of_text,
-            longest_token: ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0),
-            prompts,
-        };
+        let longest_token = ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0);
+        let shared = Shared { tokenizer, end_of_text, longest_token };
         let long_inputs = Arc::new(Semaphore::new(LONG_INPUTS_AT_ONCE));
         Self { shared: Arc::new(shared), long_inputs }
     }
 
     /// The tokenizer of all prompts.
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
-        self.shared.prompts.tokenizer()
+        &self.shared.tokenizer
     }
 
     /// The token that ends a text.
@@ -56,11 +62,10 @@ impl Encoder {
         self.shared.end_of_text
     }
 
-    /// The prompts of `request`, in its order, none of them empty. Token ids are for `raw` tasks only.
+    /// The prompts of `request`, in its order, none of them empty.
     pub async fn encode(
         &self,
-        task: &Task,
-        raw: bool,
+        subject: Subject,
         request: &Request,
         capacity: Capacity,
     ) -> Result<Vec<Prompt>> {
@@ -69,15 +74,15 @@ impl Encoder {
             Input::Tokens(ids) => size_of_val(ids.as_slice()),
         };
         if request.inputs.iter().map(size).sum::<usize>() <= LONG_INPUT {
-            return self.shared.encode(task, raw, request, capacity);
+            return self.shared.encode(&subject, request, capacity);
         }
         self.shared.check_sizes(request, capacity)?;
         let permit = self.long_inputs.clone().acquire_owned().await;
-        let (shared, task, request) = (self.shared.clone(), task.clone(), request.clone());
+        let (shared, request) = (self.shared.clone(), request.clone());
         let encode = move || {
             // Held to the end of the work, even if nobody waits for it any more.
             let _permit = permit;
-            shared.encode(&task, raw, &request, capacity)
+            shared.encode(&subject, &request, capacity)
         };
         let encoded = tokio::task::spawn_blocking(encode).await;
         encoded.map_err(|e| Error::internal("a prompt was not encoded", e))?
@@ -105,20 +110,20 @@ impl Shared {
 
     fn encode(
         &self,
-        task: &Task,
-        raw: bool,
+        subject: &Subject,
         request: &Request,
         capacity: Capacity,
     ) -> Result<Vec<Prompt>> {
+        let Subject { prompts, task, .. } = subject;
         let encode = |input: &Input| {
             let mut prompt = match input {
-                Input::Tokens(ids) => self.given_tokens(task, raw, request, ids, capacity)?,
-                Input::Text(text) => self.prompts.encode(task, text, &request.controls)?,
+                Input::Tokens(ids) => self.given_tokens(subject, request, ids, capacity)?,
+                Input::Text(text) => prompts.encode(task, text, &request.controls)?,
             };
             if prompt.tokens.is_empty() {
                 let empty = || Error::invalid("prompt", "the prompt is empty");
                 prompt.tokens.push(self.end_of_text.ok_or_else(empty)?);
-                prompt.text = self.prompts.tokenizer().decode(&prompt.tokens);
+                prompt.text = self.tokenizer.decode(&prompt.tokens);
             }
             fits(prompt.tokens.len(), 0, capacity.context)?;
             Ok(prompt)
@@ -129,13 +134,13 @@ impl Shared {
 
     fn given_tokens(
         &self,
-        task: &Task,
-        raw: bool,
+        subject: &Subject,
         request: &Request,
         ids: &[u32],
         capacity: Capacity,
     ) -> Result<Prompt> {
-        if !raw {
+        let task = &subject.task;
+        if !subject.raw {
             let message = format!("{} is a task: its prompt must be text, not tokens", task.name);
             return Err(Error::invalid("prompt", message));
         }
@@ -145,7 +150,7 @@ impl Shared {
         }
         // Controls mean nothing to raw tokens; resolving them refuses whatever was given.
         resolve_controls(task, &request.controls)?;
-        Ok(Prompt { text: self.prompts.tokenizer().decode(ids), tokens: ids.to_vec() })
+        Ok(Prompt { text: self.tokenizer.decode(ids), tokens: ids.to_vec() })
     }
 }
 

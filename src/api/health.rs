@@ -28,7 +28,7 @@ pub async fn live(State(app): State<Arc<App>>) -> Result<Response> {
 
 /// `/readyz` and `/health`: able to take work now.
 pub async fn ready(State(app): State<Arc<App>>) -> Result<Response> {
-    app.service.check_ready()?;
+    app.service.engine().ready()?;
     fresh(&app, LATE)?;
     Ok(ok("ready"))
 }
@@ -38,7 +38,7 @@ pub async fn started(State(app): State<Arc<App>>) -> Result<Response> {
     match app.service.engine().state() {
         EngineState::Ready | EngineState::Draining => Ok(ok("started")),
         EngineState::Loading | EngineState::Failed => {
-            app.service.check_ready()?;
+            app.service.engine().ready()?;
             Ok(ok("started"))
         }
     }

@@ -4,7 +4,7 @@ use super::call::{Call, Identity, json_fields, read_body};
 use super::reply::{Dialect, Writer};
 use super::respond::json;
 use super::wire::{self, Asked};
-use super::{Service, health, listing, observe, sse};
+use super::{Admin, Service, admin, health, listing, observe, sse};
 use crate::error::{Error, Kind, Result};
 use crate::request::Timing;
 use axum::body::Body;
@@ -58,6 +58,8 @@ pub struct App {
     pub service: Service,
     /// What clients may cost.
     pub limits: Limits,
+    /// Who may change the server, if anybody.
+    pub admin: Option<Admin>,
     /// The bundle's id.
     pub bundle: Arc<str>,
     /// What the weights are held in, for `/info`.
@@ -70,10 +72,16 @@ pub struct App {
 type Segment = Result<Path<String>, PathRejection>;
 
 impl App {
-    /// An app whose bundle's id is the name of the last task.
+    /// An app that nobody may change.
     pub fn new(service: Service, limits: Limits, dtype: impl Into<String>) -> Self {
-        let bundle = service.tasks().iter().last().map_or("", |task| task.name.as_str()).into();
-        Self { service, limits, bundle, dtype: dtype.into(), created: super::reply::unix_time() }
+        let bundle = service.catalog().listing().tasks.bundle().name.as_str().into();
+        let created = super::reply::unix_time();
+        Self { service, limits, admin: None, bundle, dtype: dtype.into(), created }
+    }
+
+    /// The same, to be changed by some.
+    pub fn with_admin(self, admin: Option<Admin>) -> Self {
+        Self { admin, ..self }
     }
 
     /// The routes.
@@ -82,7 +90,10 @@ impl App {
             .route("/v1/completions", post(completions))
             .route("/v1/models", get(listing::models))
             .route("/v1/models/{id}", get(listing::model))
-            .route("/v1/tasks", get(listing::tasks))
+            .route("/v1/tasks", get(listing::tasks).post(admin::add_task))
+            .route("/v1/adapters", get(listing::adapters))
+            .route("/v1/load_lora_adapter", post(admin::load))
+            .route("/v1/unload_lora_adapter", post(admin::unload))
             .route("/v1/tasks/{task}/generate", post(generate))
             .route("/info", get(listing::info))
             .route("/livez", get(health::live))

@@ -2,6 +2,7 @@
 
 use super::http::{App, segment};
 use super::respond::json;
+use crate::adapter::registry::Info;
 use crate::engine::State as EngineState;
 use crate::error::Result;
 use crate::task::{Control, ControlKind, Task};
@@ -12,12 +13,12 @@ use axum::response::Response;
 use serde_json::{Map, Value, json as value};
 use std::sync::Arc;
 
-/// `GET /v1/models`: the bundle, then its tasks.
+/// `GET /v1/models`: the bundle, its tasks, its adapters.
 pub async fn models(State(app): State<Arc<App>>) -> Response {
-    let all = app.service.tasks();
-    let bundle = all.iter().filter(|task| app.service.is_bundle(task));
-    let tasks = all.iter().filter(|task| !app.service.is_bundle(task));
-    let data: Vec<Value> = bundle.chain(tasks).map(|task| card(&app, task)).collect();
+    let listing = app.service.catalog().listing();
+    let tasks = listing.tasks.named().map(|task| card(&app, &task.name, task.adapter.as_deref()));
+    let adapters = adapters_of(&app).into_iter().map(|info| card(&app, &info.name, None));
+    let data: Vec<Value> = std::iter::once(bundle(&app)).chain(tasks).chain(adapters).collect();
     reply(&value!({"object": "list", "data": data}))
 }
 
@@ -27,23 +28,52 @@ pub async fn model(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Response> {
     let id = segment(id)?;
-    Ok(reply(&card(&app, app.service.find(&id)?)))
+    let (task, _) = app.service.catalog().find(&id)?;
+    Ok(reply(&match id == *app.bundle {
+        true => bundle(&app),
+        false => card(&app, &id, task.adapter.as_deref()),
+    }))
 }
 
 /// `GET /v1/tasks`: the tasks, with the schema of their controls.
 pub async fn tasks(State(app): State<Arc<App>>) -> Response {
-    let tasks = app.service.tasks().iter().filter(|task| !app.service.is_bundle(task));
-    let data: Vec<Value> = tasks
-        .map(|task| {
-            value!({
-                "id": task.name,
-                "description": task.description,
-                "adapter": task.adapter,
-                "controls": controls(task),
-            })
-        })
-        .collect();
+    let listing = app.service.catalog().listing();
+    let data: Vec<Value> = listing.tasks.named().map(|task| task_entry(task)).collect();
     reply(&value!({"object": "list", "data": data}))
+}
+
+/// A task as it is listed.
+pub fn task_entry(task: &Task) -> Value {
+    value!({
+        "id": task.name,
+        "description": task.description,
+        "adapter": task.adapter,
+        "controls": controls(task),
+    })
+}
+
+/// `GET /v1/adapters`.
+pub async fn adapters(State(app): State<Arc<App>>) -> Response {
+    let data: Vec<Value> = adapters_of(&app).iter().map(adapter_entry).collect();
+    reply(&value!({"object": "list", "data": data}))
+}
+
+/// An adapter as it is listed.
+pub fn adapter_entry(info: &Info) -> Value {
+    value!({
+        "id": info.name,
+        "object": "adapter",
+        "generation": info.generation,
+        "kind": info.kind,
+        "rank": info.rank,
+        "bytes": info.bytes,
+        "pinned": info.pinned,
+        "tasks": info.tasks,
+    })
+}
+
+fn adapters_of(app: &App) -> Vec<Info> {
+    app.service.catalog().adapters().map_or_else(Vec::new, |adapters| adapters.list())
 }
 
 /// `GET /info`.
@@ -56,15 +86,22 @@ pub async fn info(State(app): State<Arc<App>>) -> Response {
         EngineState::Draining => "draining",
         EngineState::Failed => "failed",
     };
-    let tasks = app.service.tasks();
-    let names: Vec<&str> =
-        tasks.iter().filter(|t| !app.service.is_bundle(t)).map(|t| t.name.as_str()).collect();
+    let listing = app.service.catalog().listing();
+    let names: Vec<&str> = listing.tasks.named().map(|task| task.name.as_str()).collect();
+    let adapters: Vec<String> = adapters_of(&app).into_iter().map(|info| info.name).collect();
     reply(&value!({
         "model": app.bundle.as_ref(),
         "version": env!("CARGO_PKG_VERSION"),
         "state": state,
         "dtype": app.dtype,
         "tasks": names,
+        "adapters": adapters,
+        "experts": engine.experts().map(|experts| value!({
+            "layers": experts.layers,
+            "num_experts": experts.count,
+            "top_k": experts.top_k,
+            "tasks": experts.tasks,
+        })),
         "limits": {
             "context": capacity.map(|c| c.context),
             "vocabulary": capacity.map(|c| c.vocab),
@@ -73,7 +110,8 @@ pub async fn info(State(app): State<Arc<App>>) -> Response {
             "max_n": crate::request::MAX_N,
             "max_stop_strings": crate::request::MAX_STOP,
             "max_logprobs": crate::request::MAX_LOGPROBS,
-            "max_waiting": tasks.iter().map(|t| (t.name.clone(), t.slo.max_waiting.into()))
+            "max_waiting": listing.tasks.iter()
+                .map(|t| (t.name.clone(), t.slo.max_waiting.into()))
                 .collect::<Map<String, Value>>(),
         },
     }))
@@ -83,14 +121,26 @@ fn reply(body: &Value) -> Response {
     json(StatusCode::OK, body.to_string().into_bytes())
 }
 
-fn card(app: &App, task: &Task) -> Value {
-    let parent = (!app.service.is_bundle(task)).then(|| app.bundle.as_ref());
+/// The bundle itself among the models.
+fn bundle(app: &App) -> Value {
     value!({
-        "id": task.name,
+        "id": app.bundle.as_ref(),
         "object": "model",
         "created": app.created,
         "owned_by": "shoal",
-        "parent": parent,
+        "parent": Value::Null,
+        "root": app.bundle.as_ref(),
+    })
+}
+
+/// A task or an adapter among the models: its parent is what it adds to, the task's adapter or the bundle.
+fn card(app: &App, name: &str, adapter: Option<&str>) -> Value {
+    value!({
+        "id": name,
+        "object": "model",
+        "created": app.created,
+        "owned_by": "shoal",
+        "parent": adapter.unwrap_or(&app.bundle),
         "root": app.bundle.as_ref(),
     })
 }

@@ -8,7 +8,9 @@
 //! Must not know tensors, schedulers or how text is tokenised. Invariants: whatever can be refused is
 //! refused before the 200; every error has one shape; every request is counted once.
 
+mod admin;
 mod call;
+pub mod catalog;
 mod encode;
 mod fields;
 mod health;
@@ -25,6 +27,7 @@ mod sse;
 pub mod ticket;
 pub mod wire;
 
+pub use admin::Admin;
 pub use http::{App, Limits};
 pub use serve::{Ended, serve, signals};
 pub use service::Service;

@@ -1,9 +1,9 @@
 //! JSON out: whole answers and stream frames, in the two dialects that differ only in their shape.
 
 use super::logprobs::Logprobs;
-use super::ticket::{Chunk, Reply, Ticket};
+use super::ticket::{Chunk, End, Reply, Ticket};
 use crate::error::Error;
-use crate::request::Usage;
+use crate::request::{ExpertUse, Usage};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -39,6 +39,8 @@ pub struct Writer {
     created: u64,
     /// Whether frames have a field for usage, and the stream a frame for it.
     include_usage: bool,
+    /// The adapters, where they are to be reported.
+    adapters: Option<Vec<AdapterPart>>,
 }
 
 #[derive(Serialize)]
@@ -66,6 +68,29 @@ struct Piece<'a> {
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     words: Option<Option<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    debug: Option<Debug<'a>>,
+}
+
+/// What computed a text.
+#[derive(Serialize)]
+struct Debug<'a> {
+    adapters: &'a [AdapterPart],
+    routing: Vec<Layer<'a>>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct AdapterPart {
+    name: String,
+    generation: u64,
+    weight: f32,
+}
+
+/// How many rows each expert of a layer computed.
+#[derive(Serialize)]
+struct Layer<'a> {
+    layer: usize,
+    rows_per_expert: &'a [u64],
 }
 
 #[derive(Serialize)]
@@ -73,6 +98,12 @@ struct Tokens {
     prompt_tokens: u32,
     completion_tokens: u32,
     total_tokens: u32,
+}
+
+impl<'a> Layer<'a> {
+    fn of(used: &'a ExpertUse) -> Self {
+        Self { layer: used.layer, rows_per_expert: &used.rows }
+    }
 }
 
 impl From<Usage> for Tokens {
@@ -94,7 +125,13 @@ impl Writer {
     /// A writer of the answer to `ticket`.
     pub fn new(dialect: Dialect, ticket: &Ticket, bundle: Arc<str>, include_usage: bool) -> Self {
         let prefix = if dialect == Dialect::Completion { "cmpl" } else { "gen" };
+        let part = |(name, generation, weight): &(String, u64, f32)| AdapterPart {
+            name: name.clone(),
+            generation: *generation,
+            weight: *weight,
+        };
         Self {
+            adapters: ticket.debug().map(|parts| parts.iter().map(part).collect()),
             dialect,
             id: format!("{prefix}-{}", ticket.id()),
             model: ticket.model().to_string(),
@@ -111,8 +148,7 @@ impl Writer {
             .iter()
             .enumerate()
             .map(|(index, choice)| {
-                let end = Some((choice.end.finish.as_str(), choice.end.words));
-                self.piece(index, &choice.text, choice.logprobs.as_ref(), end)
+                self.piece(index, &choice.text, choice.logprobs.as_ref(), Some(&choice.end))
             })
             .collect();
         self.body(&choices, Some(Some(reply.usage.into())))
@@ -120,7 +156,7 @@ impl Writer {
 
     /// One frame; `last` is the usage if no chunk follows.
     pub fn frame(&self, chunk: &Chunk, last: Option<Usage>) -> Vec<u8> {
-        let end = chunk.end.map(|end| (end.finish.as_str(), end.words));
+        let end = chunk.end.as_ref();
         let piece = self.piece(chunk.index, &chunk.text, chunk.logprobs.as_ref(), end);
         let usage = match self.dialect {
             Dialect::Completion => self.include_usage.then_some(None),
@@ -136,19 +172,23 @@ impl Writer {
     }
 
     fn piece<'a>(
-        &self,
+        &'a self,
         index: usize,
         text: &'a str,
         logprobs: Option<&'a Logprobs>,
-        end: Option<(&'static str, u32)>,
+        end: Option<&'a End>,
     ) -> Piece<'a> {
         let native = self.dialect == Dialect::Native;
         Piece {
             index,
             text,
             logprobs: if native { logprobs.map(Some) } else { Some(logprobs) },
-            finish_reason: end.map(|(finish, _)| finish),
-            words: native.then(|| end.map(|(_, words)| words)),
+            finish_reason: end.map(|end| end.finish.as_str()),
+            words: native.then(|| end.map(|end| end.words)),
+            debug: self.adapters.as_ref().zip(end).map(|(adapters, end)| Debug {
+                adapters,
+                routing: end.experts.iter().map(Layer::of).collect(),
+            }),
         }
     }
 

@@ -3,9 +3,11 @@
 //!
 //! Knows no sockets and no JSON bodies. Holds no lock.
 
-use super::encode::{Encoder, fits};
+use super::catalog::{Catalog, Target};
+use super::encode::{Encoder, Subject, fits};
 use super::ticket::{Echo, InFlight, Source, Terms, Ticket};
-use crate::engine::{Capacity, EngineHandle, Job, State};
+use crate::adapter::registry::Registry;
+use crate::engine::{Capacity, EngineHandle, Job};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{GAMMA, mix, random};
 use crate::metrics::{Metrics, RequestMeter};
@@ -14,18 +16,14 @@ use crate::task::{Task, TaskTable};
 use crate::telemetry::now;
 use crate::text::{Prompt, Prompts};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::watch;
 
 /// The most texts that one request may ask for, over all its prompts.
 const MAX_CHOICES: usize = 1024;
 
-/// When to come back to a replica that is loading or draining.
-const RETRY_UNAVAILABLE: Duration = Duration::from_secs(2);
-
 /// Everything that a request needs.
 pub struct Service {
-    tasks: Arc<TaskTable>,
+    catalog: Catalog,
     encoder: Encoder,
     engine: EngineHandle,
     metrics: Arc<Metrics>,
@@ -40,16 +38,18 @@ struct Lengths {
 }
 
 impl Service {
-    /// A service of these tasks; the last is the bundle itself. `end_of_text` ends its texts.
+    /// A service of these tasks and adapters. `end_of_text` ends its texts.
     pub fn new(
-        tasks: Arc<TaskTable>,
+        tasks: TaskTable,
         prompts: Prompts,
+        adapters: Option<Arc<Registry>>,
         end_of_text: Option<u32>,
         engine: EngineHandle,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let in_flight = watch::Sender::new(0);
-        Self { tasks, encoder: Encoder::new(prompts, end_of_text), engine, metrics, in_flight }
+        let encoder = Encoder::new(prompts.tokenizer().clone(), end_of_text);
+        let catalog = Catalog::new(tasks, prompts, adapters);
+        Self { catalog, encoder, engine, metrics, in_flight: watch::Sender::new(0) }
     }
 
     /// Returns when no request is being worked on.
@@ -59,9 +59,9 @@ impl Service {
         let _ = count.wait_for(|n| *n == 0).await;
     }
 
-    /// The tasks; the last is the bundle itself.
-    pub fn tasks(&self) -> &TaskTable {
-        &self.tasks
+    /// Everything that a request can name.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
     }
 
     /// The engine.
@@ -92,33 +92,24 @@ impl Service {
         self.metrics.count_request(None, error.kind.row().outcome);
     }
 
-    /// Refuses work while it cannot be done.
-    pub fn check_ready(&self) -> Result<Capacity> {
-        let why = match (self.engine.state(), self.engine.capacity()) {
-            (State::Ready, Some(capacity)) => return Ok(capacity),
-            (State::Ready | State::Loading, _) => "the model is loading",
-            (State::Draining, _) => "the server is shutting down",
-            (State::Failed, _) => "the engine has failed",
-        };
-        Err(Error::new(Kind::Unavailable, why).with_retry_after(RETRY_UNAVAILABLE))
-    }
-
     async fn admit(
         &self,
         request: Request,
         meter: &mut RequestMeter,
     ) -> Result<(Terms, Vec<Source>)> {
-        let task = self.find(&request.model)?;
-        meter.task(task, &request.controls);
-        let capacity = self.check_ready()?;
+        let found = self.catalog.find(&request.model)?;
+        meter.task(&found.0, &request.controls);
+        let capacity = self.engine.ready()?;
+        let target = self.catalog.target(&request, found, &self.engine)?;
+        let task = &target.task;
         let params = merged(&request.params, task);
         params.check()?;
         self.check_ids(&params, &capacity)?;
         let n = params.n.unwrap_or(1) as usize;
         self.check_choices(n, request.inputs.len(), task)?;
-        let prompts = self.encode(task, &request, capacity).await?;
+        let prompts = self.encode(&target, &request, capacity).await?;
         let (jobs, echoes): (Vec<Job>, Vec<_>) =
-            self.jobs(task, &request, &params, prompts, &capacity)?.into_iter().unzip();
+            self.jobs(&target, &request, &params, prompts, &capacity)?.into_iter().unzip();
         let prompt_tokens = jobs.iter().step_by(n).map(|job| job.tokens.len() as u32).sum();
         let most: Vec<u32> = jobs.iter().map(|job| job.max_new).collect();
         let events = self.engine.submit_all(jobs)?;
@@ -131,26 +122,13 @@ impl Service {
             tokenizer: self.encoder.tokenizer().clone(),
             stop: params.stop.unwrap_or_default(),
             logprobs: params.logprobs.is_some(),
+            debug: request.debug.then(|| target.adapters.map_or_else(Vec::new, |a| a.parts)),
             prompt_tokens,
             deadline: request.deadline,
             first_token_deadline: request.first_token_deadline,
             in_flight: InFlight::new(&self.in_flight),
         };
         Ok((terms, sources))
-    }
-
-    /// The task of this name.
-    pub fn find(&self, name: &str) -> Result<&Task> {
-        self.tasks.find(name).ok_or_else(|| {
-            let shown: String = name.chars().take(64).collect();
-            let message = format!("no model or task named {shown:?}; see /v1/models");
-            Error::not_found(message).with_param("model").with_code("model_not_found")
-        })
-    }
-
-    /// Whether the task is the bundle itself, whose prompts are raw text.
-    pub fn is_bundle(&self, task: &Task) -> bool {
-        usize::from(task.id.0) + 1 == self.tasks.iter().count()
     }
 
     fn check_ids(&self, params: &Params, capacity: &Capacity) -> Result<()> {
@@ -178,11 +156,13 @@ impl Service {
     /// The prompts of a request, whose deadlines have not passed when this returns.
     async fn encode(
         &self,
-        task: &Task,
+        target: &Target,
         request: &Request,
         capacity: Capacity,
     ) -> Result<Vec<Prompt>> {
-        let prompts = self.encoder.encode(task, self.is_bundle(task), request, capacity);
+        let Target { task, raw, prompts, .. } = target;
+        let subject = Subject { prompts: prompts.clone(), task: task.clone(), raw: *raw };
+        let prompts = self.encoder.encode(subject, request, capacity);
         let late = || Error::new(Kind::Deadline, "the request's deadline passed");
         let Some(limit) = request.deadline.into_iter().chain(request.first_token_deadline).min()
         else {
@@ -196,12 +176,13 @@ impl Service {
     /// The jobs of a request, each with the prompt that begins its text, if that is wanted.
     fn jobs(
         &self,
-        task: &Task,
+        target: &Target,
         request: &Request,
         params: &Params,
         prompts: Vec<Prompt>,
         capacity: &Capacity,
     ) -> Result<Vec<(Job, Option<Arc<Echo>>)>> {
+        let task = &target.task;
         let sampling = Arc::new(params.sampling());
         let seed = params.seed.map_or_else(random, |seed| seed as u64);
         let ends = match self.encoder.end_of_text() {
@@ -222,9 +203,9 @@ impl Service {
                 let job = Job {
                     task: task.id,
                     tokens: prompt.tokens.clone(),
-                    adapters: None,
-                    gate: None,
-                    report_experts: false,
+                    adapters: target.adapters.as_ref().map(|chosen| chosen.mix.clone()),
+                    gate: target.gate,
+                    report_experts: request.debug,
                     sampling: sampling.clone(),
                     seed: choice_seed(seed, choice),
                     max_new: lengths.max_new,

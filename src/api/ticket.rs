@@ -9,7 +9,7 @@ use super::logprobs::{Logprobs, Scribe};
 use crate::engine::Event;
 use crate::error::{Error, Kind, Result};
 use crate::metrics::RequestMeter;
-use crate::request::{Finish, Timing, Usage};
+use crate::request::{ExpertUse, Finish, Timing, Usage};
 use crate::text::{Incremental, Tokenizer};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -32,12 +32,15 @@ pub struct Chunk {
 }
 
 /// How a choice ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct End {
     /// Why.
     pub finish: Finish,
     /// Words of the whole generated text, split at Unicode white space.
     pub words: u32,
+    /// Which experts its tokens went to, if that was asked for. Nothing where a stop string ended the
+    /// text: the engine was not asked again.
+    pub experts: Vec<ExpertUse>,
 }
 
 /// A whole answer.
@@ -92,6 +95,8 @@ pub struct Terms {
     pub stop: Vec<String>,
     /// Whether chunks carry log-probabilities.
     pub logprobs: bool,
+    /// Name, generation and weight of each adapter, where that is to be reported.
+    pub debug: Option<Vec<(String, u64, f32)>>,
     /// Tokens of all prompts.
     pub prompt_tokens: u32,
     /// The whole answer must be out by then.
@@ -173,6 +178,11 @@ impl Ticket {
     /// The name that the client asked for.
     pub fn model(&self) -> &str {
         &self.terms.model
+    }
+
+    /// Name, generation and weight of each adapter, where that is to be reported.
+    pub fn debug(&self) -> Option<&[(String, u64, f32)]> {
+        self.terms.debug.as_deref()
     }
 
     /// Tokens so far.
@@ -291,29 +301,36 @@ impl Ticket {
                 }
                 choice.words.read(&chunk.text);
                 if piece.stopped {
-                    self.end(index, &mut chunk, Finish::Stop, timing);
+                    self.end(index, &mut chunk, Finish::Stop, timing, Vec::new());
                 } else if choice.tokens == choice.max_new {
                     choice.last = Some(chunk);
                     return Ok(None);
                 }
             }
-            Event::Done { finish, timing, .. } => {
+            Event::Done { finish, timing, experts } => {
                 chunk = choice.last.take().unwrap_or(chunk);
                 let held = choice.decoder.finish();
                 choice.words.read(&held);
                 chunk.text.push_str(&held);
-                self.end(index, &mut chunk, finish, timing);
+                self.end(index, &mut chunk, finish, timing, experts);
             }
         }
         Ok(Some(chunk))
     }
 
-    fn end(&mut self, index: usize, chunk: &mut Chunk, finish: Finish, timing: Timing) {
+    fn end(
+        &mut self,
+        index: usize,
+        chunk: &mut Chunk,
+        finish: Finish,
+        timing: Timing,
+        experts: Vec<ExpertUse>,
+    ) {
         let choice = &mut self.running[index];
         choice.events = None;
         self.left -= 1;
         let words = choice.words.count;
-        chunk.end = Some(End { finish, words });
+        chunk.end = Some(End { finish, words, experts });
         self.meter.text(words);
         if self.left == 0 {
             self.meter.end("ok");

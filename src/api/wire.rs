@@ -5,6 +5,7 @@ use super::call::{Call, milliseconds};
 use super::fields::{Fields, missing};
 use crate::error::{Error, Result};
 use crate::request::{Input, Params, Request};
+use serde::Deserialize;
 use serde_json::Value;
 
 /// `max_tokens` of `/v1/completions` where nobody says; OpenAI's.
@@ -66,6 +67,16 @@ fn finish(
     delivery: Delivery,
 ) -> Result<Asked> {
     let controls = body.take("controls")?.unwrap_or_default();
+    let adapters = mixture(&mut body)?;
+    let task = body.take("task")?;
+    let debug = match body.take_object("debug", "debug.")? {
+        None => false,
+        Some(mut debug) => {
+            let routing = debug.take("routing")?.unwrap_or(false);
+            debug.finish()?;
+            routing
+        }
+    };
     let timeout = match body.take::<f64>("timeout_ms")? {
         Some(ms) => Some(milliseconds("timeout_ms", ms)?),
         None => None,
@@ -87,6 +98,9 @@ fn finish(
     let request = Request {
         id: call.id.clone(),
         model,
+        adapters,
+        task,
+        debug,
         inputs,
         controls,
         params,
@@ -96,6 +110,18 @@ fn finish(
         first_token_deadline: call.first_token_timeout.map(|t| call.arrived + t),
     };
     Ok(Asked { request, delivery })
+}
+
+/// `adapters`: an array of `{"name", "weight"}`.
+fn mixture(body: &mut Fields) -> Result<Option<Vec<(String, f32)>>> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Part {
+        name: String,
+        weight: f32,
+    }
+    let parts = body.take::<Vec<Part>>("adapters")?;
+    Ok(parts.map(|parts| parts.into_iter().map(|part| (part.name, part.weight)).collect()))
 }
 
 fn params(body: &mut Fields) -> Result<Params> {
@@ -228,6 +254,11 @@ mod tests {
             (r#""stream": true, "stream_options": {"x": 1}"#, "stream_options.x"),
             (r#""timeout_ms": 0"#, "timeout_ms"),
             (r#""controls": 3"#, "controls"),
+            (r#""adapters": {"a": 1}"#, "adapters"),
+            (r#""adapters": [{"name": "a"}]"#, "adapters"),
+            (r#""adapters": [{"name": "a", "weight": 1, "rank": 2}]"#, "adapters"),
+            (r#""task": 3"#, "task"),
+            (r#""debug": {"router": true}"#, "debug.router"),
         ];
         for (fields, param) in cases {
             let body = format!(r#"{{"model": "m", "prompt": "p", {fields}}}"#);

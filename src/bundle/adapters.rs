@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirEntry};
 use std::path::Path;
 
-const FOLDER: &str = "adapters";
+/// Where they are, in the bundle.
+pub const FOLDER: &str = "adapters";
 
 /// Reads all of them for a base model of this shape; and what is wrong with the others.
 pub fn read(bundle: &Path, shape: &Shape) -> (BTreeMap<String, Loaded>, Vec<String>) {

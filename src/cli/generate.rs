@@ -3,6 +3,7 @@
 use super::{Outcome, set_threads};
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
+use shoal::adapter::registry::Bounds;
 use shoal::api::Service;
 use shoal::bundle::Bundle;
 use shoal::config::{Compute, DEFAULT_BUNDLE};
@@ -92,6 +93,9 @@ impl Generate {
         Request {
             id: "generate".into(),
             model: task.name.clone(),
+            adapters: None,
+            task: None,
+            debug: false,
             inputs: vec![Input::Text(self.input.clone())],
             controls,
             params,
@@ -119,7 +123,7 @@ fn typed(task: &Task, name: &str, text: &str) -> Value {
 pub fn run(args: &Generate) -> Result<Outcome> {
     telemetry::init("warn", false).map_err(anyhow::Error::msg)?;
     set_threads(&args.compute)?;
-    let bundle = Bundle::open(&args.bundle, None)?;
+    let mut bundle = Bundle::open(&args.bundle, None)?;
     let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
     let texts = args.n.unwrap_or(1).clamp(1, MAX_N) as usize;
     let kv_tokens = bundle.spec.context.next_multiple_of(BLOCK_SIZE) * texts;
@@ -133,8 +137,10 @@ pub fn run(args: &Generate) -> Result<Outcome> {
         args.request(task)
     };
     let end_of_text = bundle.end_of_text();
-    let tasks = Arc::new(bundle.tasks);
-    let service = Service::new(tasks, bundle.prompts, end_of_text, engine, metrics);
+    let adapters = bundle.registry(args.compute.dtype, Bounds::default(), metrics.clone())?;
+    let adapters = Some(Arc::new(adapters));
+    let service =
+        Service::new(bundle.tasks, bundle.prompts, adapters, end_of_text, engine, metrics);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(write(&service, request))
 }

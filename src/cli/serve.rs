@@ -1,8 +1,9 @@
 //! `shoal serve`: from a configuration to a listening server, and to its end.
 
 use super::{Outcome, set_threads};
-use anyhow::{Context, Result};
-use shoal::api::{self, App, Ended, Limits, Service};
+use anyhow::{Context, Result, anyhow, bail};
+use shoal::adapter::registry::{Bounds, Registry, Wanted};
+use shoal::api::{self, Admin, App, Ended, Limits, Service};
 use shoal::bundle::Bundle;
 use shoal::config::{LogFormat, Serve};
 use shoal::engine::{EngineHandle, Settings, State};
@@ -42,15 +43,25 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         .await
         .with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
     let address = listener.local_addr()?;
-    let bundle = Bundle::open(&args.bundle, args.served_model_name.as_deref())?;
+    let mut bundle = Bundle::open(&args.bundle, args.served_model_name.as_deref())?;
     let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
     metrics.startup("bundle", started.elapsed().as_secs_f64());
+    let admin_key = args.adapters.admin_key().map_err(anyhow::Error::msg)?;
+    let adapters = adapters(args, &mut bundle, &metrics)?;
     let (engine, core) = start_engine(args, &bundle, &metrics);
     let announcement = announcement(args, &bundle, address);
     let dtype = bundle.held_as(args.compute.dtype);
     let end_of_text = bundle.end_of_text();
-    let tasks = Arc::new(bundle.tasks);
-    let service = Service::new(tasks, bundle.prompts, end_of_text, engine.clone(), metrics.clone());
+    let root = args.adapters.adapter_root.clone().unwrap_or_else(|| args.bundle.join("adapters"));
+    let admin = admin_key.map(|key| Admin::new(&key, root));
+    let service = Service::new(
+        bundle.tasks,
+        bundle.prompts,
+        Some(adapters),
+        end_of_text,
+        engine.clone(),
+        metrics.clone(),
+    );
     let limits = Limits {
         max_body_bytes: args.max_body_bytes,
         body_timeout: args.body_timeout,
@@ -59,7 +70,7 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         max_connections: args.max_connections(),
         ..Limits::default()
     };
-    let app = Arc::new(App::new(service, limits, dtype));
+    let app = Arc::new(App::new(service, limits, dtype).with_admin(admin));
     tokio::spawn(announce(engine, metrics, announcement, started));
     let ended = api::serve(listener, app, args.shutdown_timeout, stop).await;
     Ok(match ended {
@@ -75,6 +86,26 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
     })
 }
 
+/// The bundle's adapters and those that were named; what a task needs is never given up.
+fn adapters(args: &Serve, bundle: &mut Bundle, metrics: &Arc<Metrics>) -> Result<Arc<Registry>> {
+    let options = &args.adapters;
+    let bounds = Bounds {
+        max_adapters: options.max_adapters,
+        max_rank: options.max_lora_rank,
+        max_bytes: options.max_adapter_bytes,
+    };
+    let registry = bundle.registry(args.compute.dtype, bounds, metrics.clone())?;
+    for (name, path) in &options.extra {
+        if bundle.tasks.find(name).is_some() {
+            bail!("--adapter {name}: this is the name of a task or the bundle");
+        }
+        registry
+            .load(&Wanted::new(name, path))
+            .map_err(|e| anyhow!("--adapter {name}={}: {e}", path.display()))?;
+    }
+    Ok(Arc::new(registry))
+}
+
 fn start_engine(
     args: &Serve,
     bundle: &Bundle,
@@ -86,7 +117,7 @@ fn start_engine(
         max_running: batching.max_running.min(batching.max_rows),
         max_waiting: batching.max_waiting,
         prefill_chunk: batching.prefill_chunk,
-        ..Settings::default()
+        prefix_cache: !batching.no_prefix_cache,
     };
     let (dtype, block_size) = (args.compute.dtype, batching.block_size);
     let bytes_per_token = bundle.kv_bytes_per_token(dtype, block_size);
@@ -96,8 +127,8 @@ fn start_engine(
 
 /// What is served, and where.
 fn announcement(args: &Serve, bundle: &Bundle, address: SocketAddr) -> String {
-    let names = bundle.tasks.names();
-    let tasks = names[..names.len() - 1].join(", ");
+    let tasks: Vec<&str> = bundle.tasks.named().map(|task| task.name.as_str()).collect();
+    let tasks = tasks.join(", ");
     format!(
         "serving {} ({:.1}M parameters, {}; tasks: {tasks}) on http://{address}",
         bundle.id,

@@ -265,7 +265,8 @@ fn print(sub: &Command, matches: &ArgMatches) -> String {
     let mut text = String::new();
     for arg in sub.get_arguments() {
         let id = arg.get_id().as_str();
-        if is_ours(id) {
+        // What is hidden is a secret.
+        if is_ours(id) || arg.is_hide_set() {
             continue;
         }
         let help = arg.get_help().map(ToString::to_string).unwrap_or_default();

@@ -25,6 +25,9 @@ use tokio::sync::watch;
 /// urgent is overtaken, but not for ever.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// When to come back to a replica that is loading or draining.
+const RETRY_UNAVAILABLE: Duration = Duration::from_secs(2);
+
 /// What the core is told.
 #[derive(Debug)]
 pub(super) enum Command {
@@ -158,6 +161,20 @@ impl EngineHandle {
         let _ = self.commands.send(Command::Drain);
     }
 
+    /// What the runner can hold, if it takes on work.
+    ///
+    /// # Errors
+    /// `Unavailable` while loading, draining or failed.
+    pub fn ready(&self) -> Result<Capacity> {
+        let why = match (self.state(), self.capacity()) {
+            (State::Ready, Some(capacity)) => return Ok(capacity),
+            (State::Ready | State::Loading, _) => "the model is loading",
+            (State::Draining, _) => "the server is shutting down",
+            (State::Failed, _) => "the engine has failed",
+        };
+        Err(unavailable(why))
+    }
+
     /// What the runner can hold; `None` while loading.
     pub fn capacity(&self) -> Option<Capacity> {
         self.shared.capacity.get().copied()
@@ -166,6 +183,12 @@ impl EngineHandle {
     /// The model's experts, if it is loaded and has any.
     pub fn experts(&self) -> Option<&Experts> {
         self.shared.experts.get()
+    }
+
+    /// How the gates of experts count the task of this name, if they know it.
+    pub fn gate(&self, task: &str) -> Option<u32> {
+        let place = self.experts()?.tasks.iter().position(|name| name == task);
+        place.map(|place| place as u32)
     }
 
     /// One more task, whose id is the next one: its queue is open when this returns.
@@ -192,8 +215,8 @@ impl EngineHandle {
     }
 
     fn admit(&self, job: Job) -> Result<(Admitted, Receiver<Event>)> {
-        self.check_state()?;
-        self.check_length(&job)?;
+        let capacity = self.ready()?;
+        check_length(&job, &capacity)?;
         let latest = earliest(job.deadline, job.first_token_deadline);
         let patience = job.arrived + PATIENCE;
         let due = latest.map_or(patience, |latest| latest.min(patience));
@@ -207,44 +230,32 @@ impl EngineHandle {
     fn send(&self, admitted: Vec<Admitted>) -> Result<()> {
         self.commands.send(Command::Run(admitted)).map_err(|_| unavailable("the engine has ended"))
     }
+}
 
-    fn check_state(&self) -> Result<()> {
-        match self.state() {
-            State::Ready => Ok(()),
-            State::Loading => Err(unavailable("the model is being loaded")),
-            State::Draining => Err(unavailable("the server is shutting down")),
-            State::Failed => Err(unavailable("the engine has failed")),
-        }
+fn check_length(job: &Job, capacity: &Capacity) -> Result<()> {
+    let (prompt, new) = (job.tokens.len(), job.max_new as usize);
+    if prompt == 0 {
+        return Err(Error::invalid("prompt", "the prompt has no tokens"));
     }
-
-    fn check_length(&self, job: &Job) -> Result<()> {
-        let Some(capacity) = self.capacity() else {
-            return Err(unavailable("the model is being loaded"));
-        };
-        let (prompt, new) = (job.tokens.len(), job.max_new as usize);
-        if prompt == 0 {
-            return Err(Error::invalid("prompt", "the prompt has no tokens"));
-        }
-        if let Some(id) = job.tokens.iter().find(|&&id| id as usize >= capacity.vocab) {
-            let message = format!("token id {id} is not below {}", capacity.vocab);
-            return Err(Error::invalid("prompt", message));
-        }
-        // The last new token is not run, so it needs no place in the cache.
-        let pool = (capacity.blocks * capacity.block_size).saturating_add(1);
-        let limit = capacity.context.min(pool);
-        if prompt.saturating_add(new) > limit {
-            let message = format!(
-                "prompt ({prompt} tokens) and new tokens (up to {new}) are more than {limit}, \
-                 the longest sequence"
-            );
-            return Err(Error::new(Kind::ContextLength, message));
-        }
-        Ok(())
+    if let Some(id) = job.tokens.iter().find(|&&id| id as usize >= capacity.vocab) {
+        let message = format!("token id {id} is not below {}", capacity.vocab);
+        return Err(Error::invalid("prompt", message));
     }
+    // The last new token is not run, so it needs no place in the cache.
+    let pool = (capacity.blocks * capacity.block_size).saturating_add(1);
+    let limit = capacity.context.min(pool);
+    if prompt.saturating_add(new) > limit {
+        let message = format!(
+            "prompt ({prompt} tokens) and new tokens (up to {new}) are more than {limit}, the \
+             longest sequence"
+        );
+        return Err(Error::new(Kind::ContextLength, message));
+    }
+    Ok(())
 }
 
 fn unavailable(message: &str) -> Error {
-    Error::new(Kind::Unavailable, message).with_retry_after(Duration::from_secs(1))
+    Error::new(Kind::Unavailable, message).with_retry_after(RETRY_UNAVAILABLE)
 }
 
 /// Starts the engine on a thread of its own, where `build` makes the runner. The state is `Loading` until

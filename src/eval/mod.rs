@@ -165,7 +165,7 @@ fn generate(
             let words = LENGTHS.start() + draws.below(LENGTHS.count());
             let words = Some(words).filter(|&n| accepts(task, n));
             let prompt = model.prompt(task, &intent.text, words)?;
-            jobs.push(model.job(task, prompt, draws.next_u64()));
+            jobs.push(model.job(task, prompt, draws.next_u64())?);
             asked.push((&intent.text, words));
         }
     }

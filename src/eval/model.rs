@@ -1,6 +1,7 @@
 //! A bundle at work in this process: the engine that serves it, without sockets. Many requests are kept
 //! under way, as a busy server would have them.
 
+use crate::adapter::registry::{Bounds, Registry};
 use crate::bundle::Bundle;
 use crate::engine::{EngineHandle, Event, Job, Settings, State};
 use crate::metrics::Metrics;
@@ -26,6 +27,7 @@ pub struct Model {
     /// Number of parameters.
     pub parameters: usize,
     prompts: Prompts,
+    adapters: Registry,
     engine: EngineHandle,
     context: usize,
     end_of_text: u32,
@@ -45,18 +47,20 @@ pub struct Outcome {
 impl Model {
     /// Loads `bundle` as `shoal serve` does.
     pub fn load(bundle: &Path) -> Result<Self> {
-        let bundle = Bundle::open(bundle, None)?;
+        let mut bundle = Bundle::open(bundle, None)?;
         let end_of_text = bundle.end_of_text();
         let end_of_text = end_of_text.context("the bundle names no end of text")?;
         let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
-        let (engine, _) = bundle.start(LoadOptions::default(), Settings::default(), metrics);
+        let options = LoadOptions::default();
+        let adapters = bundle.registry(options.dtype, Bounds::default(), metrics.clone())?;
+        let (engine, _) = bundle.start(options, Settings::default(), metrics);
         let mut state = engine.watch();
         let state = *block_on(state.wait_for(|&state| state != State::Loading))?;
         ensure!(state == State::Ready, "the engine failed to start");
         let context = engine.capacity().map_or(bundle.spec.context, |c| c.context);
         let parameters = bundle.spec.parameters();
         let Bundle { tasks, prompts, .. } = bundle;
-        Ok(Self { tasks, parameters, prompts, engine, context, end_of_text })
+        Ok(Self { tasks, parameters, prompts, adapters, engine, context, end_of_text })
     }
 
     /// The prompt of `task` for `input`, asking for `words` words if it has that control.
@@ -75,21 +79,25 @@ impl Model {
         if prompt.len() > self.context {
             return Ok(None);
         }
-        Ok(Some(Job { score_prompt: Some(0), max_new: 0, ..self.job(task, prompt, 0) }))
+        Ok(Some(Job { score_prompt: Some(0), max_new: 0, ..self.job(task, prompt, 0)? }))
     }
 
     /// A job that generates after `prompt` with the task's own defaults.
-    pub fn job(&self, task: &Task, prompt: Vec<u32>, seed: u64) -> Job {
+    pub fn job(&self, task: &Task, prompt: Vec<u32>, seed: u64) -> Result<Job> {
         let Params { max_tokens, min_tokens, .. } = task.defaults;
         let room = self.context.saturating_sub(prompt.len()) as u32;
         let sampling = Arc::new(task.defaults.sampling());
         let max_new = max_tokens.map_or(room, |most| most.min(room));
-        Job {
+        let one = |name: &String| self.adapters.one(name, Some(&task.name));
+        let chosen = task.adapter.as_ref().map(one).transpose()?;
+        Ok(Job {
+            adapters: chosen.map(|chosen| chosen.mix),
+            gate: self.engine.gate(&task.name),
             seed,
             min_new: min_tokens.unwrap_or(0),
             stop_ids: Arc::new([self.end_of_text]),
             ..Job::new(task.id, prompt, sampling, max_new, telemetry::now())
-        }
+        })
     }
 
     /// Runs all jobs and hands each outcome to `each`, in their order.

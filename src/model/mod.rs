@@ -54,7 +54,8 @@ pub fn kv_shape(spec: &Spec, block_size: usize, precision: Precision) -> KvShape
 /// What adapters must know of the model.
 pub fn adapter_shape(spec: &Spec, precision: Precision) -> adapter::Shape {
     let &Spec { layers, width, inner, .. } = spec;
-    adapter::Shape { layers, width, inner, moe_layers: Vec::new(), precision }
+    let moe_layers = spec.moe.as_ref().map_or_else(Vec::new, |moe| moe.layers.clone());
+    adapter::Shape { layers, width, inner, moe_layers, precision }
 }
 
 /// How a bundle is to be served.

@@ -11,8 +11,8 @@ use toml::{Table, Value};
 
 /// The template of a task that names none.
 const RAW: &str = "{{ input }}";
-/// The most task files of a bundle; each is a value of a metric label.
-const MAX_TASKS: usize = 1000;
+/// The most tasks; each is a value of a metric label.
+pub const MAX_TASKS: usize = 1000;
 /// The most values of an integer control; each is a token.
 const MAX_SPAN: i64 = 10_000;
 
@@ -74,21 +74,37 @@ fn task_files(folder: &Path) -> Result<Vec<PathBuf>, String> {
 /// other faults are found too.
 fn load_task(file: &Path, bundle_id: &str, faults: &mut Vec<String>) -> Task {
     let name = file.file_stem().unwrap_or_default().to_string_lossy();
+    if name == bundle_id {
+        let fault = "the name is the bundle's own id; choose another";
+        faults.push(format!("tasks/{name}.toml: {fault}"));
+    }
+    let text = fs::read_to_string(file).unwrap_or_else(|e| {
+        faults.push(format!("tasks/{name}.toml: {e}"));
+        String::new()
+    });
+    parse(&name, &text, faults)
+}
+
+impl Task {
+    /// Reads the text of a task file; all that is wrong with it comes back at once.
+    pub fn parse(name: &str, text: &str) -> Result<Self, Vec<String>> {
+        let mut faults = Vec::new();
+        let task = parse(name, text, &mut faults);
+        if faults.is_empty() { Ok(task) } else { Err(faults) }
+    }
+}
+
+fn parse(name: &str, text: &str, faults: &mut Vec<String>) -> Task {
     let label = format!("tasks/{name}.toml");
-    if !is_valid_name(&name) {
+    if !is_valid_name(name) {
         faults.push(format!("{label}: the name; allowed: 1 to 64 of A-Z a-z 0-9 . _ -"));
     }
-    if name == bundle_id {
-        faults.push(format!("{label}: the name is the bundle's own id; choose another"));
-    }
-    let text = fs::read_to_string(file).map_err(|e| e.to_string());
-    let table = text.and_then(|text| text.parse::<Table>().map_err(|e| e.to_string()));
-    let table = table.unwrap_or_else(|e| {
-        faults.push(format!("{label}: {}", e.trim_end()));
+    let table = text.parse::<Table>().unwrap_or_else(|e| {
+        faults.push(format!("{label}: {}", e.to_string().trim_end()));
         Table::new()
     });
     let mut top = Section { label, path: String::new(), table, asked: Vec::new(), faults };
-    let mut task = raw(&name, "");
+    let mut task = raw(name, "");
     task.description = top.take("description").unwrap_or_default();
     task.template = top.take("template").unwrap_or(task.template);
     task.adapter = top.take("adapter");

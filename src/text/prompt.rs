@@ -7,11 +7,12 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The compiled templates of a bundle's tasks, and its tokenizer.
+/// The compiled templates of a server's tasks, and its tokenizer.
+#[derive(Clone)]
 pub struct Prompts {
     tokenizer: Arc<Tokenizer>,
     /// By task id.
-    templates: Vec<Template>,
+    templates: Vec<Arc<Template>>,
 }
 
 /// What the model reads.
@@ -27,22 +28,29 @@ impl Prompts {
     /// Compiles all templates and checks them and the controls against the tokenizer; returns every
     /// fault of every task.
     pub fn new(tasks: &TaskTable, tokenizer: Arc<Tokenizer>) -> Result<Self, Vec<String>> {
-        let mut templates = Vec::new();
+        let mut prompts = Self { tokenizer, templates: Vec::new() };
         let mut faults = Vec::new();
         for task in tasks.iter() {
-            faults.extend(controls::faults(task, &tokenizer));
-            let place = format!("tasks/{}.toml: template", task.name);
-            match Template::compile(&task.template) {
-                Ok(template) => {
-                    faults.extend(
-                        check(&template, task, &tokenizer).map(|f| format!("{place}: {f}")),
-                    );
-                    templates.push(template);
-                }
-                Err(fault) => faults.push(format!("{place}: {fault}")),
+            if let Err(more) = prompts.add(task) {
+                faults.extend(more);
             }
         }
-        if faults.is_empty() { Ok(Self { tokenizer, templates }) } else { Err(faults) }
+        if faults.is_empty() { Ok(prompts) } else { Err(faults) }
+    }
+
+    /// Compiles and checks the template of one more task, whose id is the next one.
+    pub fn add(&mut self, task: &Task) -> Result<(), Vec<String>> {
+        let mut faults = controls::faults(task, &self.tokenizer);
+        let place = format!("tasks/{}.toml: template", task.name);
+        match Template::compile(&task.template) {
+            Ok(template) => {
+                let fault = check(&template, task, &self.tokenizer);
+                faults.extend(fault.map(|f| format!("{place}: {f}")));
+                self.templates.push(Arc::new(template));
+            }
+            Err(fault) => faults.push(format!("{place}: {fault}")),
+        }
+        if faults.is_empty() { Ok(()) } else { Err(faults) }
     }
 
     /// The tokenizer that all tasks share.

@@ -35,7 +35,7 @@ const ROOMS: &[Room] = &[
     room("bench", &["*"], false),
     room("eval", &["*"], true),
     room("bundle", &["*"], true),
-    room("api", &["engine", "text"], false),
+    room("api", &["engine", "text", "adapter::registry"], false),
     room("text", &[], false),
     room("engine", &["model::step"], false),
     room("model", &["adapter", "kernels"], true),

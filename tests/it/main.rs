@@ -3,6 +3,8 @@
 // Clippy knows test functions, but not the functions that they share.
 #![allow(clippy::unwrap_used)]
 
+/// Adapters in one batch, swapped while they serve, and who may do that.
+mod adapters;
 /// The program as a user runs it: arguments, output, exit codes, signals.
 mod cli;
 /// The OpenAI wire, byte by byte.

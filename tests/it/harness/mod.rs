@@ -3,5 +3,5 @@
 mod client;
 mod server;
 
-pub use client::{Client, Stream, texts};
+pub use client::{Client, Reply, Stream, texts};
 pub use server::{BUNDLE, CONTEXT, Server, Setup, bundle, repeater, tokenizer, tokenizer_json};

@@ -2,7 +2,8 @@
 
 use super::client::Client;
 use serde_json::{Value, json};
-use shoal::api::{App, Ended, Limits, Service, serve};
+use shoal::adapter::registry::Registry;
+use shoal::api::{Admin, App, Ended, Limits, Service, serve};
 use shoal::engine::fake::FakeRunner;
 use shoal::engine::{EngineHandle, Settings, State, start};
 use shoal::ids::TaskId;
@@ -105,6 +106,9 @@ pub struct Setup {
     pub settings: Settings,
     pub limits: Limits,
     pub shutdown_timeout: Duration,
+    pub adapters: Option<Arc<Registry>>,
+    pub metrics: Option<Arc<Metrics>>,
+    pub admin: Option<Admin>,
 }
 
 impl Default for Setup {
@@ -115,6 +119,9 @@ impl Default for Setup {
             settings: Settings::default(),
             limits: Limits::default(),
             shutdown_timeout: Duration::from_secs(60),
+            adapters: None,
+            metrics: None,
+            admin: None,
         }
     }
 }
@@ -149,13 +156,14 @@ impl Server {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = Client(listener.local_addr().unwrap());
-        let tasks = Arc::new(TaskTable::new(setup.tasks));
-        let metrics = Arc::new(Metrics::new(&tasks.names()));
+        let tasks = TaskTable::new(setup.tasks);
+        let metrics = setup.metrics.unwrap_or_else(|| Arc::new(Metrics::new(&tasks.names())));
         let (engine, thread) = start(build, &tasks, setup.settings, metrics.clone());
         let prompts = Prompts::new(&tasks, setup.tokenizer).unwrap();
         let end_of_text = prompts.tokenizer().token_id("<|endoftext|>");
-        let service = Service::new(tasks, prompts, end_of_text, engine.clone(), metrics);
-        let app = Arc::new(App::new(service, setup.limits, "f32"));
+        let service =
+            Service::new(tasks, prompts, setup.adapters, end_of_text, engine.clone(), metrics);
+        let app = Arc::new(App::new(service, setup.limits, "f32").with_admin(setup.admin));
         let (signals, stop) = mpsc::channel(2);
         let serving = tokio::spawn(serve(listener, app, setup.shutdown_timeout, stop));
         Self { client, engine, signals, thread: Some(thread), serving }

@@ -1,0 +1,139 @@
+//! What changes a running server: adapters come and go, tasks come. Off unless it was enabled, and then
+//! for those alone who hold the admin key. Which folders may be read is the server's to say, not theirs.
+
+use super::call::{json_fields, read_body};
+use super::fields::{Fields, missing};
+use super::http::App;
+use super::listing::{adapter_entry, task_entry};
+use super::respond::json;
+use crate::adapter::registry::{Registry, Wanted, confined};
+use crate::error::{Error, Kind, Result};
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::Response;
+use sha2::{Digest, Sha256};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Who may change the server, and what may be read for them.
+#[derive(Clone)]
+pub struct Admin {
+    /// SHA-256 of the key, which is kept nowhere.
+    key: [u8; 32],
+    /// Adapters are loaded from below this folder only.
+    root: PathBuf,
+}
+
+impl Admin {
+    /// Administration by whoever holds `key`.
+    pub fn new(key: &str, root: PathBuf) -> Self {
+        Self { key: Sha256::digest(key.as_bytes()).into(), root }
+    }
+
+    /// Refuses a request without the key. Hashes are compared, and all of their bytes: how long that
+    /// takes says nothing about the key.
+    fn check(&self, headers: &HeaderMap) -> Result<()> {
+        let given = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes());
+        let Some(key) = given.and_then(|value| value.strip_prefix(b"Bearer ")) else {
+            let message = "administration needs the header authorization: Bearer KEY";
+            return Err(Error::new(Kind::Unauthenticated, message));
+        };
+        let digest: [u8; 32] = Sha256::digest(key).into();
+        let differ = digest.iter().zip(&self.key).fold(0, |sum, (a, b)| sum | (a ^ b));
+        match differ {
+            0 => Ok(()),
+            _ => Err(Error::new(Kind::Unauthenticated, "this is not the admin key")),
+        }
+    }
+}
+
+/// `POST /v1/load_lora_adapter`: `{"lora_name", "lora_path", "load_inplace", "expected_generation",
+/// "pinned"}`, as vLLM has it and a little more. The path is below the adapter root.
+pub async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
+    let (mut fields, admin) = authorised(&app, &headers, body).await?;
+    let name: String = fields.take("lora_name")?.ok_or_else(|| missing("lora_name"))?;
+    let path: String = fields.take("lora_path")?.ok_or_else(|| missing("lora_path"))?;
+    let in_place = fields.take("load_inplace")?.unwrap_or(false);
+    let expected_generation = fields.take("expected_generation")?;
+    let pinned = fields.take("pinned")?.unwrap_or(false);
+    check_base(&mut fields, &app)?;
+    fields.finish()?;
+    app.service.catalog().check_no_task(&name)?;
+    let registry = registry(&app)?;
+    let load = move || {
+        let path = confined(&admin.root, &path)?;
+        registry.load(&Wanted { name, path, in_place, expected_generation, pinned })
+    };
+    // It reads files and packs weights, which no socket should wait for.
+    let loaded = tokio::task::spawn_blocking(load).await;
+    let info = loaded.map_err(|e| Error::internal("an adapter was not loaded", e))??;
+    tracing::info!(adapter = info.name, generation = info.generation, "adapter loaded");
+    Ok(json(StatusCode::OK, adapter_entry(&info).to_string().into_bytes()))
+}
+
+/// `POST /v1/unload_lora_adapter`: `{"lora_name", "expected_generation"}`.
+pub async fn unload(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response> {
+    let (mut fields, _) = authorised(&app, &headers, body).await?;
+    let name: String = fields.take("lora_name")?.ok_or_else(|| missing("lora_name"))?;
+    let expected_generation = fields.take("expected_generation")?;
+    // vLLM's own number of an adapter, which means nothing here.
+    fields.take_value("lora_int_id");
+    fields.finish()?;
+    if let Some(task) = app.service.catalog().user_of(&name) {
+        let message = format!("task {} needs the adapter {name}", task.name);
+        return Err(Error::new(Kind::Conflict, message).with_code("lora_adapter_in_use"));
+    }
+    let info = registry(&app)?.unload(&name, expected_generation)?;
+    tracing::info!(adapter = info.name, generation = info.generation, "adapter unloaded");
+    Ok(json(StatusCode::OK, adapter_entry(&info).to_string().into_bytes()))
+}
+
+/// `POST /v1/tasks`: `{"name", "toml"}`, the text of a task file.
+pub async fn add_task(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response> {
+    let (mut fields, _) = authorised(&app, &headers, body).await?;
+    let name: String = fields.take("name")?.ok_or_else(|| missing("name"))?;
+    let text: String = fields.take("toml")?.ok_or_else(|| missing("toml"))?;
+    fields.finish()?;
+    let service = &app.service;
+    let task = service.catalog().add_task(&name, &text, service.engine(), service.metrics())?;
+    tracing::info!(task = task.name, "task added");
+    Ok(json(StatusCode::CREATED, task_entry(&task).to_string().into_bytes()))
+}
+
+/// The fields of a request by somebody who may change the server. The body is read first: a client that
+/// is still writing would not hear the answer.
+async fn authorised(app: &App, headers: &HeaderMap, body: Body) -> Result<(Fields, Admin)> {
+    let body = read_body(body, &app.limits).await?;
+    let Some(admin) = &app.admin else {
+        let message =
+            "administration is off; the server was started without --enable-adapter-admin";
+        return Err(Error::new(Kind::Forbidden, message));
+    };
+    admin.check(headers)?;
+    Ok((json_fields(headers, &body)?, admin.clone()))
+}
+
+fn registry(app: &App) -> Result<Arc<Registry>> {
+    let registry = app.service.catalog().adapters().cloned();
+    registry.ok_or_else(|| Error::new(Kind::Forbidden, "this server has no adapters"))
+}
+
+/// `base_model_name` may be said, if it is what is served.
+fn check_base(fields: &mut Fields, app: &App) -> Result<()> {
+    match fields.take::<String>("base_model_name")? {
+        Some(base) if base != *app.bundle => {
+            let message = format!("base_model_name is {base:?}; allowed: {:?}", app.bundle);
+            Err(Error::invalid("base_model_name", message))
+        }
+        _ => Ok(()),
+    }
+}

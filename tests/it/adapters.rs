@@ -1,0 +1,411 @@
+//! Adapters over the real decoder: what each request gets is what its adapter, of its generation, gives
+//! alone; whatever is loaded meanwhile. And who may change what.
+
+use crate::harness::{BUNDLE, Reply, Server, Setup, bundle};
+use serde_json::{Value, json};
+use shoal::adapter::registry::{Bounds, Registry};
+use shoal::adapter::{Shape, registry::Wanted};
+use shoal::api::Admin;
+use shoal::config::Dtype;
+use shoal::ids::TaskId;
+use shoal::kernels::Precision;
+use shoal::metrics::Metrics;
+use shoal::model::{self, LoadOptions};
+use shoal::text::Tokenizer;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tempfile::TempDir;
+
+const COMPLETIONS: &str = "/v1/completions";
+const LOAD: &str = "/v1/load_lora_adapter";
+const UNLOAD: &str = "/v1/unload_lora_adapter";
+const KEY: &str = "0123456789abcdef";
+const AUTHORISED: (&str, &str) = ("authorization", "Bearer 0123456789abcdef");
+
+fn goldens() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
+
+/// A folder that adapters are loaded from, with the two golden ones in it.
+fn root() -> TempDir {
+    let root = TempDir::new().unwrap();
+    for name in ["lora-attn", "lora-all"] {
+        copy(&goldens().join("adapters").join(name), &root.path().join(name));
+    }
+    root
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+}
+
+/// The golden model with a registry of up to `max` adapters, empty, and an administrator.
+async fn server(root: &Path, max: usize) -> Server {
+    let folder = goldens().join("gpt2-tiny");
+    let tokenizer = Arc::new(Tokenizer::load(folder.join("tokenizer.json")).unwrap());
+    let metrics = Arc::new(Metrics::new(&[BUNDLE.to_owned()]));
+    let shape = Shape {
+        layers: 3,
+        width: 64,
+        inner: 256,
+        moe_layers: Vec::new(),
+        precision: Precision::F32,
+    };
+    let bounds = Bounds { max_adapters: max, ..Bounds::default() };
+    let setup = Setup {
+        tasks: vec![bundle()],
+        tokenizer,
+        adapters: Some(Arc::new(Registry::new(shape, bounds, metrics.clone()))),
+        metrics: Some(metrics),
+        admin: Some(Admin::new(KEY, root.to_owned())),
+        ..Setup::default()
+    };
+    let load = move || {
+        model::load(&folder, &LoadOptions { dtype: Dtype::F32, ..LoadOptions::default() })
+            .map_err(Into::into)
+    };
+    let server = Server::loading(setup, load).await;
+    let mut state = server.engine.watch();
+    state.wait_for(|s| *s == shoal::engine::State::Ready).await.unwrap();
+    server
+}
+
+async fn admin(server: &Server, path: &str, body: Value) -> Reply {
+    server.client.post_with(path, &[AUTHORISED], &body).await
+}
+
+async fn load(server: &Server, name: &str, path: &str) -> Value {
+    let reply = admin(server, LOAD, json!({"lora_name": name, "lora_path": path})).await;
+    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+    reply.json()
+}
+
+/// The reference's entries for one adapter, or `base`.
+fn prompts(tag: &str) -> Vec<Value> {
+    let text = fs::read_to_string(goldens().join("reference.json")).unwrap();
+    let reference: Value = serde_json::from_str(&text).unwrap();
+    let all = reference["prompts"].as_array().unwrap();
+    let tagged: Vec<Value> = all.iter().filter(|p| p["tag"] == tag).cloned().collect();
+    assert!(!tagged.is_empty(), "{tag}");
+    tagged
+}
+
+fn greedy(model: &str, prompt: &Value) -> Value {
+    json!({"model": model, "prompt": prompt["text"], "max_tokens": 32, "temperature": 0,
+        "ignore_eos": true, "debug": {"routing": true}})
+}
+
+async fn text(server: &Server, body: &Value) -> String {
+    let reply = server.client.post(COMPLETIONS, body).await.json();
+    reply["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("{reply}")).to_owned()
+}
+
+#[tokio::test]
+async fn each_adapter_in_one_batch_gives_what_pytorch_gives() {
+    let root = root();
+    let server = server(root.path(), 8).await;
+    for name in ["lora-attn", "lora-all"] {
+        let info = load(&server, name, name).await;
+        assert_eq!((&info["generation"], &info["kind"]), (&json!(1), &json!("lora")));
+    }
+    let mut streams = Vec::new();
+    for (tag, model) in [("base", BUNDLE), ("lora-attn", "lora-attn"), ("lora-all", "lora-all")] {
+        for prompt in prompts(tag) {
+            let mut body = greedy(model, &prompt);
+            body["stream"] = json!(true);
+            let stream = server.client.stream(COMPLETIONS, &body).await;
+            streams.push((stream, prompt["greedy_text"].clone()));
+        }
+    }
+    for (mut stream, want) in streams {
+        let frames = stream.rest().await;
+        assert_eq!(json!(crate::harness::texts(&frames)[0]), want);
+    }
+    let models = server.client.get("/v1/models").await.json();
+    let adapter = models["data"].as_array().unwrap().iter().find(|m| m["id"] == "lora-all");
+    assert_eq!(adapter.unwrap()["parent"], BUNDLE);
+    assert_eq!(server.client.get("/v1/models/lora-all").await.json()["id"], "lora-all");
+}
+
+/// The leak that other servers had: state of one adapter used for another of the same name. All prompts
+/// begin alike, so that every reply could use what another one left in the cache.
+#[tokio::test]
+async fn a_swapped_adapter_never_sees_its_predecessors_state() {
+    let root = root();
+    let server = Arc::new(server(root.path(), 8).await);
+    load(&server, "a", "lora-attn").await;
+    let by_generation = |generation: u64| ["lora-all", "lora-attn"][(generation % 2) as usize];
+    let mut clients = Vec::new();
+    for client in 0..6 {
+        let server = server.clone();
+        clients.push(tokio::spawn(async move {
+            let mut seen = Vec::new();
+            for round in 0..12 {
+                let nth = (client + round) % 4;
+                let body = greedy("a", &prompts("base")[nth]);
+                let reply = server.client.post(COMPLETIONS, &body).await;
+                assert_eq!(reply.status, 200);
+                let choice = &reply.json()["choices"][0];
+                let part = &choice["debug"]["adapters"][0];
+                assert_eq!((&part["name"], &part["weight"]), (&json!("a"), &json!(1.0)));
+                let generation = part["generation"].as_u64().unwrap();
+                let want = &prompts(by_generation(generation))[nth]["greedy_text"];
+                assert_eq!(&choice["text"], want, "generation {generation}, prompt {nth}");
+                seen.push(generation);
+            }
+            seen
+        }));
+    }
+    let mut expected = 1;
+    while clients.iter().any(|client| !client.is_finished()) {
+        let path = by_generation(expected + 1);
+        let body = json!({"lora_name": "a", "lora_path": path, "load_inplace": true,
+            "expected_generation": expected});
+        assert_eq!(admin(&server, LOAD, body).await.status, 200);
+        expected += 1;
+    }
+    let mut generations = std::collections::BTreeSet::new();
+    for client in clients {
+        generations.extend(client.await.unwrap());
+    }
+    assert!(generations.len() > 1, "nothing was swapped while requests ran");
+    assert!(
+        server.metric("shoal_prefix_cache_hits_tokens_total").await > 0.0,
+        "nothing was shared"
+    );
+    let info = format!(
+        "shoal_adapters_info{{adapter=\"a\",generation=\"{expected}\",kind=\"lora\",rank=\"{}\"}}",
+        if expected % 2 == 1 { 4 } else { 8 }
+    );
+    assert_eq!(server.metric(&info).await, 1.0);
+    assert_eq!(server.metric("shoal_adapters_resident").await, 1.0);
+    let loads = server.metric("shoal_adapter_loads_total{outcome=\"ok\"}").await;
+    assert_eq!(loads, expected as f64);
+}
+
+#[tokio::test]
+async fn mixtures_are_weighted_sums() {
+    let root = root();
+    let server = server(root.path(), 8).await;
+    for name in ["lora-attn", "lora-all"] {
+        load(&server, name, name).await;
+    }
+    let prompt = &prompts("base")[0];
+    let alone = |tag: &str| prompts(tag)[0]["greedy_text"].as_str().unwrap().to_owned();
+    let mixed = |parts: Value| {
+        let mut body = greedy(BUNDLE, prompt);
+        body["adapters"] = parts;
+        body
+    };
+    let part = |name: &str, weight: f64| json!({"name": name, "weight": weight});
+    for (parts, want) in [
+        (json!([]), alone("base")),
+        (json!([part("lora-attn", 1.0)]), alone("lora-attn")),
+        (json!([part("lora-attn", 0.0), part("lora-all", 1.0)]), alone("lora-all")),
+        (json!([part("lora-all", 0.5), part("lora-all", 0.5)]), alone("lora-all")),
+        (json!([part("lora-all", 2.0), part("lora-all", -2.0)]), alone("base")),
+    ] {
+        assert_eq!(text(&server, &mixed(parts.clone())).await, want, "{parts}");
+    }
+    let mut body = mixed(json!([]));
+    body["model"] = json!("lora-all");
+    assert_eq!(text(&server, &body).await, alone("base"), "it takes the place of the model's own");
+    let many = vec![part("lora-all", 0.1); 9];
+    for (parts, status) in [
+        (json!(many), 400),
+        (json!([part("lora-all", 4.1)]), 400),
+        (json!([part("none", 1.0)]), 404),
+    ] {
+        let reply = server.client.post(COMPLETIONS, &mixed(parts.clone())).await;
+        assert_eq!((reply.status, reply.error().2.as_deref()), (status, Some("adapters")));
+    }
+}
+
+#[tokio::test]
+async fn only_the_holder_of_the_key_may_change_anything() {
+    let root = root();
+    let server = server(root.path(), 8).await;
+    let body = json!({"lora_name": "a", "lora_path": "lora-all"});
+    for path in [LOAD, UNLOAD, "/v1/tasks"] {
+        for headers in [
+            &[][..],
+            &[("authorization", "Bearer 0123456789abcdeg")],
+            &[("authorization", "Bearer ")],
+            &[("authorization", "0123456789abcdef")],
+        ] {
+            let reply = server.client.post_with(path, headers, &body).await;
+            assert_eq!(reply.status, 401, "{path} {headers:?}");
+        }
+    }
+    assert_eq!(server.client.get("/v1/adapters").await.json()["data"], json!([]));
+    let closed = Server::usual().await;
+    for path in [LOAD, UNLOAD, "/v1/tasks"] {
+        assert_eq!(closed.client.post_with(path, &[AUTHORISED], &body).await.status, 403);
+    }
+}
+
+#[tokio::test]
+async fn adapters_are_read_from_below_the_root_only() {
+    let (root, outside) = (root(), root());
+    let outside_path = outside.path().join("lora-all");
+    std::os::unix::fs::symlink(&outside_path, root.path().join("link")).unwrap();
+    copy(&outside_path, &root.path().join("linked-file"));
+    let file = root.path().join("linked-file/adapter_model.safetensors");
+    fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink(outside_path.join("adapter_model.safetensors"), &file).unwrap();
+    let server = server(root.path(), 8).await;
+    let absolute = outside_path.to_str().unwrap();
+    let dotted = format!("../{}/lora-all", outside.path().file_name().unwrap().to_str().unwrap());
+    for (path, status) in [
+        (absolute, 403),
+        (dotted.as_str(), 403),
+        ("link", 403),
+        ("linked-file", 403),
+        ("..", 403),
+        ("none", 404),
+    ] {
+        let body = json!({"lora_name": "a", "lora_path": path});
+        let reply = admin(&server, LOAD, body).await;
+        assert_eq!(
+            (reply.status, reply.error().2.as_deref()),
+            (status, Some("lora_path")),
+            "{path}"
+        );
+    }
+    let inside = root.path().join("lora-all");
+    load(&server, "a", inside.to_str().unwrap()).await;
+    load(&server, "b", "lora-attn/../lora-all").await;
+}
+
+#[tokio::test]
+async fn generations_and_names_are_checked() {
+    let root = root();
+    let server = server(root.path(), 8).await;
+    load(&server, "a", "lora-all").await;
+    let code = |reply: Reply| (reply.status, reply.error().3.unwrap_or_default());
+    let conflict = |code: &str| (409, code.to_owned());
+    for (path, body, want) in [
+        (LOAD, json!({"lora_name": "a", "lora_path": "lora-all"}), "lora_adapter_already_loaded"),
+        (
+            LOAD,
+            json!({"lora_name": "a", "lora_path": "lora-all", "load_inplace": true,
+            "expected_generation": 2}),
+            "lora_generation_mismatch",
+        ),
+        (
+            LOAD,
+            json!({"lora_name": "b", "lora_path": "lora-all", "expected_generation": 1}),
+            "lora_generation_mismatch",
+        ),
+        (LOAD, json!({"lora_name": BUNDLE, "lora_path": "lora-all"}), "name_taken"),
+        (UNLOAD, json!({"lora_name": "a", "expected_generation": 3}), "lora_generation_mismatch"),
+    ] {
+        assert_eq!(code(admin(&server, path, body.clone()).await), conflict(want), "{body}");
+    }
+    for (body, param) in [
+        (json!({"lora_path": "lora-all"}), "lora_name"),
+        (json!({"lora_name": "b"}), "lora_path"),
+        (json!({"lora_name": "a b", "lora_path": "lora-all"}), "lora_name"),
+        (json!({"lora_name": "b", "lora_path": "lora-all", "rank": 3}), "rank"),
+        (
+            json!({"lora_name": "b", "lora_path": "lora-all", "base_model_name": "x"}),
+            "base_model_name",
+        ),
+    ] {
+        let reply = admin(&server, LOAD, body.clone()).await;
+        assert_eq!((reply.status, reply.error().2.as_deref()), (400, Some(param)), "{body}");
+    }
+    assert_eq!(admin(&server, UNLOAD, json!({"lora_name": "a"})).await.status, 200);
+    assert_eq!(admin(&server, UNLOAD, json!({"lora_name": "a"})).await.status, 404);
+    let gone = server.client.post(COMPLETIONS, &greedy("a", &prompts("base")[0])).await;
+    assert_eq!(gone.error().2.as_deref(), Some("model"));
+    assert_eq!(load(&server, "a", "lora-all").await["generation"], 2);
+}
+
+#[tokio::test]
+async fn what_was_not_used_for_longest_makes_room_unless_it_is_pinned() {
+    let root = root();
+    let server = server(root.path(), 2).await;
+    let pinned = json!({"lora_name": "first", "lora_path": "lora-all", "pinned": true});
+    assert_eq!(admin(&server, LOAD, pinned).await.status, 200);
+    load(&server, "second", "lora-attn").await;
+    load(&server, "third", "lora-attn").await;
+    let names = async || {
+        let listed = server.client.get("/v1/adapters").await.json();
+        let names = listed["data"].as_array().unwrap().iter();
+        names.map(|a| a["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(names().await, ["first", "third"]);
+    assert_eq!(server.metric("shoal_adapter_evictions_total").await, 1.0);
+    let pinned = json!({"lora_name": "third", "lora_path": "lora-all", "pinned": true,
+        "load_inplace": true});
+    assert_eq!(admin(&server, LOAD, pinned).await.status, 200);
+    let one_more = json!({"lora_name": "fourth", "lora_path": "lora-all"});
+    let refused = admin(&server, LOAD, one_more).await;
+    assert_eq!((refused.status, refused.error().3.as_deref()), (409, Some("lora_limit_exceeded")));
+    assert_eq!(names().await, ["first", "third"]);
+}
+
+#[tokio::test]
+async fn a_task_may_be_added_with_its_adapter() {
+    let root = root();
+    let server = server(root.path(), 4).await;
+    let toml = "description = \"Speaks.\"\nadapter = \"a\"\n[defaults]\nmax_tokens = 32\n\
+                temperature = 0.0\nignore_eos = true\n";
+    let body = json!({"name": "speak", "toml": toml});
+    let early = admin(&server, "/v1/tasks", body.clone()).await;
+    assert_eq!((early.status, early.error().2.as_deref()), (400, Some("toml")));
+    load(&server, "a", "lora-all").await;
+    let added = admin(&server, "/v1/tasks", body.clone()).await;
+    assert_eq!((added.status, added.json()["adapter"].as_str()), (201, Some("a")));
+    assert_eq!(admin(&server, "/v1/tasks", body).await.status, 409);
+    let wanted = &prompts("lora-all")[1];
+    let body = json!({"input": wanted["text"]});
+    let reply = server.client.post("/v1/tasks/speak/generate", &body).await.json();
+    assert_eq!(reply["choices"][0]["text"], wanted["greedy_text"]);
+    let listed = server.client.get("/v1/tasks").await.json();
+    assert_eq!(listed["data"][0]["id"], "speak");
+    let in_use = admin(&server, UNLOAD, json!({"lora_name": "a"})).await;
+    assert_eq!((in_use.status, in_use.error().3.as_deref()), (409, Some("lora_adapter_in_use")));
+    for toml in ["template = \"{{ nothing }}\"", "temperature = 3", "[slo]\nweight = -1"] {
+        let body = json!({"name": "bad", "toml": toml});
+        let reply = admin(&server, "/v1/tasks", body).await;
+        assert_eq!((reply.status, reply.error().2.as_deref()), (400, Some("toml")), "{toml}");
+    }
+    let series = "shoal_requests_total{outcome=\"ok\",task=\"speak\"}";
+    assert_eq!(server.metric(series).await, 1.0);
+}
+
+/// The registry alone: a mixture is the same one while it is used, and no key is given twice.
+#[test]
+fn mixes_are_told_apart() {
+    let root = root();
+    let metrics = Arc::new(Metrics::new(&[BUNDLE.to_owned()]));
+    let shape = Shape {
+        layers: 3,
+        width: 64,
+        inner: 256,
+        moe_layers: Vec::new(),
+        precision: Precision::F32,
+    };
+    let registry = Registry::new(shape, Bounds::default(), metrics.clone());
+    let wanted = |name: &str| Wanted::new(name, &root.path().join("lora-all"));
+    registry.load(&wanted("a")).unwrap();
+    registry.load(&wanted("b")).unwrap();
+    let half = [("a".to_owned(), 0.5), ("b".to_owned(), 0.5)];
+    let first = registry.mixture(&half, None).unwrap().unwrap();
+    let again = registry.mixture(&half, None).unwrap().unwrap();
+    assert_eq!(first.mix.key, again.mix.key);
+    let old = registry.one("a", None).unwrap().mix.key;
+    assert_eq!(registry.one("a", Some("image")).unwrap().mix.key, old, "a LoRA knows no tasks");
+    registry.load(&Wanted { in_place: true, ..wanted("a") }).unwrap();
+    let new = registry.one("a", None).unwrap();
+    assert_ne!(new.mix.key, old);
+    assert_ne!(registry.mixture(&half, None).unwrap().unwrap().mix.key, first.mix.key);
+    assert_eq!(new.parts, [("a".to_owned(), 2, 1.0)]);
+    assert_eq!(metrics.task(TaskId(0)).name, BUNDLE);
+}
