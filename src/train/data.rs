@@ -36,7 +36,7 @@ pub enum Row {
 /// An example of a task.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pair {
-    /// As the file calls it.
+    /// As the file calls it; empty if it does not.
     pub task: String,
     /// What is to be done, in words; may be empty.
     pub instruction: String,
@@ -102,8 +102,9 @@ impl Row {
                 filled("text", &text)?;
                 Self::Text { text, source: raw.source }
             }
-            (None, Some(task), Some(output), None, None) => {
+            (None, task, Some(output), None, None) => {
                 filled("output", &output)?;
+                let task = task.unwrap_or_default();
                 let (instruction, input, split) = (raw.instruction, raw.input, raw.split);
                 let source = raw.source.as_deref().and_then(|s| s.strip_suffix(DERIVED));
                 let derived_from = source.map(str::to_owned);

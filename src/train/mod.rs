@@ -1,10 +1,11 @@
 //! Training: from a recipe and data to a bundle.
 //!
 //! Reading order: [`recipe`] (what is wanted), [`data`] and [`sources`] (rows to sequences),
-//! [`objective`] (what is learnt of an example), [`run`] (the loop), [`export`] (the bundle). Training
-//! runs the decoder that serves ([`crate::model::Decoder`]) over differentiable operations
+//! [`objective`] (what is learnt of an example), [`run`] (the loop), [`export`] (the bundle), [`adapter`]
+//! (a LoRA for one more task). Training runs the decoder that serves ([`crate::model::Decoder`]) over differentiable operations
 //! ([`crate::kernels::Ops`]); nothing here knows requests or sockets.
 
+pub mod adapter;
 pub mod batch;
 pub mod checkpoint;
 pub mod data;
@@ -20,25 +21,44 @@ pub mod signals;
 pub mod sources;
 pub mod tokenizer;
 
-use anyhow::Result;
-use clap::Args;
+use anyhow::{Result, bail};
+use clap::{ArgGroup, Args};
 use run::{Job, Outcome};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `shoal train`.
+/// `shoal train`: a model after a recipe, or an adapter for one task.
 #[derive(Args, Clone, Debug)]
+#[command(group = ArgGroup::new("what").required(true).args(["config", "task"]))]
 pub struct TrainArgs {
-    /// The recipe (train.toml)
+    /// The recipe (train.toml): of a model, or with an [adapter] section of an adapter
     #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
-    /// Folder of the public data files that the recipe names
-    #[arg(long, value_name = "DIR")]
+    pub config: Option<PathBuf>,
+    /// Train an adapter for this task, from examples, and write its task file
+    #[arg(long, value_name = "NAME", requires = "data", requires = "base")]
+    pub task: Option<String>,
+    /// The bundle whose model the adapter is for; it stays as it is
+    #[arg(long, value_name = "DIR", requires = "task")]
+    pub base: Option<PathBuf>,
+    /// With --task, the examples (JSON Lines); else the folder of the public data that the recipe names
+    #[arg(long, value_name = "PATH")]
     pub data: Option<PathBuf>,
-    /// Folder for the checkpoint, the log, the loss curve and the finished bundle; a run that was
-    /// stopped goes on from its checkpoint
-    #[arg(long, value_name = "DIR", default_value = "out")]
-    pub out: PathBuf,
+    /// Folder for the checkpoint, the log, the loss curve and the finished bundle [default: out]; of an
+    /// adapter, the bundle that gets it [default: its base]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Rank of the adapter
+    #[arg(long, requires = "task")]
+    pub rank: Option<usize>,
+    /// Times that the adapter's examples are gone through
+    #[arg(long, requires = "task")]
+    pub epochs: Option<u32>,
+    /// The adapter's peak learning rate
+    #[arg(long, requires = "task")]
+    pub learning_rate: Option<f64>,
+    /// One line for people about the adapter's task
+    #[arg(long, requires = "task")]
+    pub description: Option<String>,
     /// Stop with a checkpoint after so many minutes
     #[arg(long, value_name = "N")]
     pub max_minutes: Option<f64>,
@@ -52,11 +72,52 @@ pub struct TrainArgs {
 
 /// Runs the command.
 pub fn run_cli(args: TrainArgs) -> Result<()> {
+    match (args.adapter()?, args.config.clone()) {
+        (Some(recipe), _) => train_adapter(&args, &recipe),
+        (None, Some(config)) => train_model(args, config),
+        (None, None) => bail!("say what to train: --config FILE or --task NAME"),
+    }
+}
+
+impl TrainArgs {
+    /// The adapter that is asked for, if one is.
+    fn adapter(&self) -> Result<Option<adapter::Recipe>> {
+        let (Some(task), Some(base), Some(data)) = (&self.task, &self.base, &self.data) else {
+            return self.config.as_deref().map_or(Ok(None), adapter::Recipe::from_file);
+        };
+        let usual = adapter::Settings::default();
+        Ok(Some(adapter::Recipe {
+            task: task.clone(),
+            description: self.description.clone().unwrap_or_default(),
+            base: base.clone(),
+            data: vec![data.clone()],
+            seed: 0,
+            adapter: adapter::Settings {
+                rank: self.rank.unwrap_or(usual.rank),
+                epochs: self.epochs.unwrap_or(usual.epochs),
+                learning_rate: self.learning_rate.unwrap_or(usual.learning_rate),
+                ..usual
+            },
+        }))
+    }
+}
+
+fn train_adapter(args: &TrainArgs, recipe: &adapter::Recipe) -> Result<()> {
+    let out = args.out.as_ref().unwrap_or(&recipe.base);
+    let summary = adapter::run(recipe, out)?;
+    if let (Some(before), Some(after)) = (summary.before, summary.after) {
+        eprintln!("held-out loss {before:.3} before, {after:.3} with the adapter");
+    }
+    eprintln!("wrote {} and {}", summary.adapter.display(), summary.task.display());
+    Ok(())
+}
+
+fn train_model(args: TrainArgs, recipe: PathBuf) -> Result<()> {
     let max_time = args.max_minutes.map(|minutes| Duration::try_from_secs_f64(minutes * 60.0));
     let job = Job {
-        recipe: args.config,
+        recipe,
         data: args.data,
-        out: args.out,
+        out: args.out.unwrap_or_else(|| "out".into()),
         max_time: max_time.transpose()?,
         signals: true,
         accept_changed_recipe: args.accept_changed_recipe,

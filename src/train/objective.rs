@@ -26,6 +26,15 @@ impl Sequence {
         Self { tokens: ids[..last].to_vec(), targets: ids[1..=last].to_vec() }
     }
 
+    /// `output` is learnt, after `prompt`.
+    pub fn after(prompt: &[u32], output: &[u32]) -> Self {
+        let ids = [prompt, output].concat();
+        let mut sequence = Self::plain(&ids, ids.len());
+        let given = prompt.len().saturating_sub(1);
+        sequence.targets[..given].fill(IGNORE);
+        sequence
+    }
+
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.tokens.len()
@@ -81,14 +90,9 @@ pub fn controlled(
 ) -> Result<Option<Sequence>> {
     let output = example.output.trim();
     ensure!(!output.is_empty(), "the output is empty");
-    let mut ids = prompt(codec, example, draws.unit() < dropout)?;
-    let learnt_from = ids.len();
-    ids.extend(codec.encode(output)?);
-    ids.push(codec.end_of_text);
-    if ids.len() > context + 1 {
-        return Ok(None);
-    }
-    let mut sequence = Sequence::plain(&ids, context);
-    sequence.targets[..learnt_from - 1].fill(IGNORE);
-    Ok(Some(sequence))
+    let asked = prompt(codec, example, draws.unit() < dropout)?;
+    let mut answer = codec.encode(output)?;
+    answer.push(codec.end_of_text);
+    let fits = asked.len() + answer.len() <= context + 1;
+    Ok(fits.then(|| Sequence::after(&asked, &answer)))
 }

@@ -19,7 +19,7 @@ struct Param {
     v: Var,
 }
 
-/// All variables of a model, in the order of [`Spec::tensors`].
+/// All variables of a model, in the order of [`Spec::tensors`], or of an adapter.
 #[derive(Debug)]
 pub struct Params {
     all: Vec<Param>,
@@ -43,18 +43,19 @@ impl Gradients {
 impl Params {
     /// Fresh variables, as GPT-2 begins.
     pub fn initial(spec: &Spec, seed: u64, device: &Device) -> Result<Self> {
-        Self::from_tensors(spec, &init::fresh(spec, seed)?, device)
+        Self::from_tensors(&spec.tensors(), &init::fresh(spec, seed)?, device)
     }
 
-    /// Variables with the values of `tensors`, and fresh moments unless `tensors` holds them too.
+    /// Variables of these names and shapes with the values of `tensors`, and fresh moments unless
+    /// `tensors` holds them too.
     pub fn from_tensors(
-        spec: &Spec,
+        shapes: &[(String, Vec<usize>)],
         tensors: &BTreeMap<String, Tensor>,
         device: &Device,
     ) -> Result<Self> {
         let mut all = Vec::new();
-        for (name, shape) in spec.tensors() {
-            let value = tensors.get(&name).with_context(|| format!("tensor {name} is missing"))?;
+        for (name, shape) in shapes {
+            let value = tensors.get(name).with_context(|| format!("tensor {name} is missing"))?;
             ensure!(value.dims() == shape, "{name} has shape {:?}, not {shape:?}", value.dims());
             let moment = |kind: &str| {
                 let stored = tensors.get(&format!("{kind}.{name}")).cloned();
@@ -63,7 +64,7 @@ impl Params {
             };
             let (m, v) = (moment("m")?, moment("v")?);
             let value = Var::from_tensor(&value.to_dtype(DType::F32)?.to_device(device)?)?;
-            all.push(Param { name, value, m, v });
+            all.push(Param { name: name.clone(), value, m, v });
         }
         Ok(Self { all, device: device.clone() })
     }
@@ -76,6 +77,11 @@ impl Params {
             vars.extend(self.all.iter().map(|p| (p.name.clone(), p.value.clone())));
         }
         Ok(VarBuilder::from_varmap(&map, DType::F32, &self.device))
+    }
+
+    /// The variable of this name.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.all.iter().find(|p| p.name == name).map(|p| p.value.as_tensor())
     }
 
     /// Values by name, without the moments.

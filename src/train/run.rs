@@ -157,7 +157,9 @@ pub fn run(job: &Job) -> Result<Outcome> {
     let spec = spec_of(&recipe, &codec);
     let device = device()?;
     let (params, position) = match resumed {
-        Some((tensors, position)) => (Params::from_tensors(&spec, &tensors, &device)?, position),
+        Some((tensors, position)) => {
+            (Params::from_tensors(&spec.tensors(), &tensors, &device)?, position)
+        }
         None => (Params::initial(&spec, recipe.seed, &device)?, Position::default()),
     };
     let position = Position { recipe: Some(recipe.fingerprint()?), ..position };
@@ -197,7 +199,7 @@ pub fn export_checkpoint(job: &Job, to: &Path) -> Result<()> {
         .with_context(|| format!("there is no checkpoint in {}", job.out.display()))?;
     let tokenizer = job.out.join(export::TOKENIZER);
     let spec = spec_of(&recipe, &Codec::load(&tokenizer)?);
-    let params = Params::from_tensors(&spec, &tensors, &Device::Cpu)?;
+    let params = Params::from_tensors(&spec.tensors(), &tensors, &Device::Cpu)?;
     export::export(to, &spec, &params, &tokenizer, &job.recipe)
 }
 
@@ -218,12 +220,12 @@ fn load_checkpoint(job: &Job, recipe: &Recipe) -> Result<Option<Checkpoint>> {
 }
 
 #[cfg(feature = "cuda")]
-fn device() -> Result<Device> {
+pub(super) fn device() -> Result<Device> {
     Ok(Device::cuda_if_available(0)?)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn device() -> Result<Device> {
+pub(super) fn device() -> Result<Device> {
     Ok(Device::Cpu)
 }
 

@@ -77,6 +77,18 @@ impl Codec {
         Ok(Self { tokenizer, end_of_text, generate })
     }
 
+    /// Reads the tokenizer of any bundle. One without [`GENERATE`] has its end of text in that place.
+    pub fn of_bundle(bundle: &Path, end_of_text: Option<u32>) -> Result<Self> {
+        let path = bundle.join("tokenizer.json");
+        let mut tokenizer = Tokenizer::from_file(&path)
+            .map_err(|e| anyhow!("cannot read {}: {e}", path.display()))?;
+        tokenizer.set_encode_special_tokens(true);
+        let end_of_text = end_of_text.or_else(|| tokenizer.token_to_id(END_OF_TEXT));
+        let end_of_text = end_of_text.context("the base names no end of text")?;
+        let generate = tokenizer.token_to_id(GENERATE).unwrap_or(end_of_text);
+        Ok(Self { tokenizer, end_of_text, generate })
+    }
+
     /// Reads `tokenizer.json`.
     pub fn load(path: &Path) -> Result<Self> {
         let tokenizer = Tokenizer::from_file(path)

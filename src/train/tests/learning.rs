@@ -71,7 +71,7 @@ fn loss_and_gradients_equal_pytorch() {
     let vb = weights.var_builder(&Device::Cpu);
     let load = |(name, shape): (String, Vec<usize>)| (name.clone(), vb.get(shape, &name).unwrap());
     let tensors: BTreeMap<_, _> = weights.spec().tensors().into_iter().map(load).collect();
-    let params = Params::from_tensors(weights.spec(), &tensors, &Device::Cpu).unwrap();
+    let params = Params::from_tensors(&weights.spec().tensors(), &tensors, &Device::Cpu).unwrap();
     let learner = Learner::new(weights.spec(), params, Precision::F32, &Device::Cpu).unwrap();
 
     let text = std::fs::read_to_string(format!("{GOLDENS}/reference.json")).unwrap();

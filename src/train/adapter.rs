@@ -1,0 +1,292 @@
+//! From examples of a task to an endpoint: a LoRA on a frozen base model, and the task file that serves
+//! it.
+//!
+//! The base is any bundle. Its weights are constants here; only the adapter's matrices are learnt,
+//! through the same decoder and the same operations as everything else. What it writes is PEFT's layout,
+//! which every LoRA reader knows.
+
+mod examples;
+mod settings;
+
+pub use settings::{Recipe, Settings};
+
+use super::batch::{self, Batch};
+use super::draws::Draws;
+use super::objective::Sequence;
+use super::params::{Gradients, Params, learning_rate};
+use super::recipe::{Optimizer, Stage};
+use super::run::device;
+use super::{checkpoint::replace, signals};
+use crate::adapter::Module;
+use crate::kernels::{Ops, Precision};
+use crate::model::{CausalPacked, Decoder, Pass, Site, Spec, Weights};
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Result as CandleResult, Tensor};
+use examples::{Examples, Layout};
+use serde_json::json;
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+
+/// What a finished run says of itself.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// The adapter's folder.
+    pub adapter: PathBuf,
+    /// The task's file.
+    pub task: PathBuf,
+    /// Mean loss on the held-out examples before training, in nats a token; `None` if there are none.
+    pub before: Option<f64>,
+    /// The same with the adapter that was kept.
+    pub after: Option<f64>,
+}
+
+/// Trains an adapter and writes it, with its task file, below `out`.
+pub fn run(recipe: &Recipe, out: &Path) -> Result<Summary> {
+    recipe.check()?;
+    let weights = Weights::open(&recipe.base)?;
+    let examples = Examples::read(recipe, weights.spec())?;
+    let learner = Learner::new(recipe, &weights)?;
+    eprintln!(
+        "{}: rank {}, {} parameters over {} frozen ones; {} examples, {} held out",
+        recipe.task,
+        recipe.adapter.rank,
+        learner.params.count(),
+        weights.spec().parameters(),
+        examples.training.len(),
+        examples.held_out.len()
+    );
+    let before = learner.evaluate(&examples.held_out)?;
+    let (best, after) = learner.train(recipe, &examples, before)?;
+    let adapter = out.join("adapters").join(recipe.adapter_name());
+    write_adapter(&adapter, recipe, &best)?;
+    let task = out.join("tasks").join(format!("{}.toml", recipe.task));
+    write_task(&task, recipe, &examples.layout)?;
+    Ok(Summary { adapter, task, before, after })
+}
+
+/// A frozen base and the variables of an adapter.
+struct Learner {
+    decoder: Decoder,
+    params: Params,
+    ops: Ops,
+    device: Device,
+    batch_tokens: usize,
+}
+
+impl Learner {
+    fn new(recipe: &Recipe, weights: &Weights) -> Result<Self> {
+        let device = device()?;
+        let ops = Ops::new(&device, Precision::Bf16);
+        let decoder = Decoder::new(weights.spec(), weights.var_builder(&device), ops)?;
+        let shapes = variables(weights.spec(), &recipe.adapter);
+        let params = Params::from_tensors(&shapes, &initial(&shapes, recipe.seed)?, &device)?;
+        Ok(Self { decoder, params, ops, device, batch_tokens: recipe.adapter.batch_tokens })
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Tensor> {
+        let tokens = Tensor::new(batch.tokens.as_slice(), &self.device)?;
+        let positions = Tensor::new(batch.positions.as_slice(), &self.device)?;
+        let heads = self.decoder.spec().heads;
+        let causal = CausalPacked { ops: self.ops, seq_starts: &batch.starts, heads };
+        let mut pass = Adapted { causal, params: &self.params };
+        let hidden = self.decoder.hidden(&tokens, &positions, &mut pass)?;
+        Ok(self.ops.cross_entropy(&hidden, self.decoder.head()?, &batch.targets)?)
+    }
+
+    /// Mean loss in nats a token; `None` for no sequences.
+    fn evaluate(&self, sequences: &[Sequence]) -> Result<Option<f64>> {
+        let (mut loss, mut learnt) = (0.0, 0.0);
+        for batch in batch::group(sequences, self.batch_tokens) {
+            let weight = batch.learnt() as f64;
+            loss += f64::from(self.loss(&batch)?.to_scalar::<f32>()?) * weight;
+            learnt += weight;
+        }
+        Ok((learnt > 0.0).then(|| loss / learnt))
+    }
+
+    fn step(&self, sequences: &[Sequence], lr: f64, number: usize) -> Result<f64> {
+        let mut sums = Gradients::default();
+        let (mut loss, mut learnt) = (0.0, 0.0);
+        for batch in batch::group(sequences, self.batch_tokens) {
+            let weight = batch.learnt() as f64;
+            let mean = self.loss(&batch)?;
+            self.params.accumulate(&mut sums, &self.ops.backward(&mean)?, weight)?;
+            loss += f64::from(mean.to_scalar::<f32>()?) * weight;
+            learnt += weight;
+        }
+        // There is little to overfit that decay would help with, and zero is where B begins.
+        let constants = Optimizer { weight_decay: 0.0, ..Optimizer::default() };
+        self.params.step(&sums, &constants, lr, number)?;
+        Ok(loss / learnt)
+    }
+
+    /// Trains through all epochs. Gives the variables of the epoch whose held-out loss was least (of the
+    /// last one, if nothing is held out), and that loss.
+    fn train(
+        &self,
+        recipe: &Recipe,
+        examples: &Examples,
+        before: Option<f64>,
+    ) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
+        let stop = signals::watch()?;
+        let schedule = schedule(&recipe.adapter, examples);
+        let mut best = (self.copy()?, before);
+        let mut number = 0;
+        for epoch in 0..recipe.adapter.epochs {
+            let mut draws = Draws::at(&[recipe.seed, u64::from(epoch)]);
+            let (mut loss, mut steps) = (0.0, 0u32);
+            for sequences in examples.epoch(self.batch_tokens, &mut draws)? {
+                loss +=
+                    self.step(&sequences, learning_rate(&schedule, number), number as usize + 1)?;
+                number += 1;
+                steps += 1;
+                ensure!(!stop.load(Ordering::Relaxed), "stopped: nothing was written");
+            }
+            let held_out = self.evaluate(&examples.held_out)?;
+            let shown = held_out.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.3}"));
+            eprintln!(
+                "epoch {} of {}: loss {:.3}, held out {shown}",
+                epoch + 1,
+                recipe.adapter.epochs,
+                loss / f64::from(steps.max(1))
+            );
+            if held_out.is_none_or(|new| best.1.is_none_or(|old| new < old)) {
+                best = (self.copy()?, held_out);
+            }
+        }
+        Ok(best)
+    }
+
+    fn copy(&self) -> Result<BTreeMap<String, Tensor>> {
+        let values = self.params.values().into_iter();
+        values.map(|(name, value)| Ok((name, value.copy()?))).collect()
+    }
+}
+
+/// The learning rate's way: up over a tenth of the steps, then down to nothing.
+fn schedule(settings: &Settings, examples: &Examples) -> Stage {
+    let tokens: usize = examples.training.iter().map(examples::Example::len).sum();
+    let per_epoch = tokens.div_ceil(settings.batch_tokens).max(1) as u64;
+    let steps = per_epoch * u64::from(settings.epochs);
+    Stage {
+        name: "adapter".into(),
+        steps,
+        batch_tokens: settings.batch_tokens,
+        micro_tokens: settings.batch_tokens,
+        learning_rate: settings.learning_rate,
+        final_rate: 0.02,
+        warmup: steps / 10,
+        mix: Vec::new(),
+    }
+}
+
+/// Attention over packed sequences, and the adapter in each linear layer that it has.
+struct Adapted<'a> {
+    causal: CausalPacked<'a>,
+    params: &'a Params,
+}
+
+impl Pass for Adapted<'_> {
+    fn attend(&mut self, layer: usize, qkv: &Tensor) -> CandleResult<Tensor> {
+        self.causal.attend(layer, qkv)
+    }
+
+    fn adapt(&mut self, site: Site, x: &Tensor, y: Tensor) -> CandleResult<Tensor> {
+        let get = |part| self.params.get(&variable(site.layer, site.module, part));
+        let (Some(a), Some(b)) = (get("A"), get("B")) else { return Ok(y) };
+        let ops = &self.causal.ops;
+        ops.add(&y, &ops.linear(&ops.linear(x, a, None)?, b, None)?)
+    }
+}
+
+/// The variable `A [in, r]` or `B [r, out]` of one linear layer, as PEFT calls the module.
+fn variable(layer: usize, module: Module, part: &str) -> String {
+    format!("transformer.h.{layer}.{}.lora_{part}.weight", module.name())
+}
+
+fn variables(spec: &Spec, settings: &Settings) -> Vec<(String, Vec<usize>)> {
+    let mut all = Vec::new();
+    for layer in 0..spec.layers {
+        for &module in &settings.modules() {
+            let (inputs, outputs) = sizes(spec, module);
+            all.push((variable(layer, module, "A"), vec![inputs, settings.rank]));
+            all.push((variable(layer, module, "B"), vec![settings.rank, outputs]));
+        }
+    }
+    all
+}
+
+fn sizes(spec: &Spec, module: Module) -> (usize, usize) {
+    let (d, inner) = (spec.width, spec.inner);
+    match module {
+        Module::Qkv => (d, 3 * d),
+        Module::AttnProj => (d, d),
+        Module::FcIn => (d, inner),
+        Module::FcOut => (inner, d),
+    }
+}
+
+/// A as PEFT begins it (uniform, its bound the inverse root of the inputs), B zero: the base at first.
+fn initial(shapes: &[(String, Vec<usize>)], seed: u64) -> Result<BTreeMap<String, Tensor>> {
+    let mut draws = Draws::at(&[seed]);
+    let mut tensors = BTreeMap::new();
+    for (name, shape) in shapes {
+        let count = shape.iter().product();
+        let bound = if name.contains("lora_A") { (shape[0] as f64).powf(-0.5) } else { 0.0 };
+        let values = (0..count).map(|_| (bound * (2.0 * draws.unit() - 1.0)) as f32).collect();
+        let tensor = Tensor::from_vec::<_, f32>(values, shape.as_slice(), &Device::Cpu)?;
+        tensors.insert(name.clone(), tensor);
+    }
+    Ok(tensors)
+}
+
+/// Writes PEFT's folder. PEFT keeps both matrices as PyTorch's linear layers do, outputs first.
+fn write_adapter(dir: &Path, recipe: &Recipe, values: &BTreeMap<String, Tensor>) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let mut stored = HashMap::new();
+    for (name, value) in values {
+        let value = value.to_device(&Device::Cpu)?.t()?.contiguous()?;
+        stored.insert(format!("base_model.model.{name}"), value);
+    }
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let bytes = safetensors::serialize(&stored, Some(format))?;
+    replace(&dir.join("adapter_model.safetensors"), &bytes)?;
+    let modules: Vec<&str> = recipe.adapter.modules().iter().map(|module| module.name()).collect();
+    let base = recipe.base.file_name().unwrap_or_default().to_string_lossy();
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": recipe.adapter.rank,
+        // The scale is in B.
+        "lora_alpha": recipe.adapter.rank,
+        "lora_dropout": 0.0,
+        "target_modules": modules,
+        "fan_in_fan_out": true,
+        "bias": "none",
+        "inference_mode": true,
+    });
+    replace(&dir.join("adapter_config.json"), format!("{config:#}\n").as_bytes())
+}
+
+fn write_task(path: &Path, recipe: &Recipe, layout: &Layout) -> Result<()> {
+    if path.exists() {
+        // Whoever edited it wants to keep it.
+        eprintln!("{} is there already and stays as it is", path.display());
+        return Ok(());
+    }
+    fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+    let mut task = toml::Table::new();
+    task.insert("description".into(), recipe.description.clone().into());
+    task.insert("template".into(), layout.template().into());
+    task.insert("adapter".into(), recipe.adapter_name().into());
+    let mut text = task.to_string();
+    if layout.has_words() {
+        text += "\n# How long the text shall be, in words; without it the model chooses.\n\
+                 [controls.words]\nkind = \"integer\"\nrange = [3, 60]\ntoken = \"<|words:{}|>\"\n";
+    }
+    text += "\n[defaults]\ntemperature = 0.7\ntop_p = 0.9\nmax_tokens = 128\n";
+    replace(path, text.as_bytes())
+}
