@@ -21,24 +21,23 @@ pub mod signals;
 pub mod sources;
 pub mod tokenizer;
 
-use anyhow::{Result, bail};
-use clap::{ArgGroup, Args};
+use anyhow::{Result, bail, ensure};
+use clap::Args;
 use run::{Job, Outcome};
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// `shoal train`: a model after a recipe, or an adapter for one task.
 #[derive(Args, Clone, Debug)]
-#[command(group = ArgGroup::new("what").required(true).args(["config", "task"]))]
 pub struct TrainArgs {
     /// The recipe (train.toml): of a model, or with an [adapter] section of an adapter
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Train an adapter for this task, from examples, and write its task file
-    #[arg(long, value_name = "NAME", requires = "data", requires = "base")]
+    #[arg(long, value_name = "NAME")]
     pub task: Option<String>,
     /// The bundle whose model the adapter is for; it stays as it is
-    #[arg(long, value_name = "DIR", requires = "task")]
+    #[arg(long, value_name = "DIR")]
     pub base: Option<PathBuf>,
     /// With --task, the examples (JSON Lines); else the folder of the public data that the recipe names
     #[arg(long, value_name = "PATH")]
@@ -48,16 +47,16 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Rank of the adapter
-    #[arg(long, requires = "task")]
+    #[arg(long)]
     pub rank: Option<usize>,
     /// Times that the adapter's examples are gone through
-    #[arg(long, requires = "task")]
+    #[arg(long)]
     pub epochs: Option<u32>,
     /// The adapter's peak learning rate
-    #[arg(long, requires = "task")]
+    #[arg(long)]
     pub learning_rate: Option<f64>,
     /// One line for people about the adapter's task
-    #[arg(long, requires = "task")]
+    #[arg(long)]
     pub description: Option<String>,
     /// Stop with a checkpoint after so many minutes
     #[arg(long, value_name = "N")]
@@ -82,8 +81,22 @@ pub fn run_cli(args: TrainArgs) -> Result<()> {
 impl TrainArgs {
     /// The adapter that is asked for, if one is.
     fn adapter(&self) -> Result<Option<adapter::Recipe>> {
-        let (Some(task), Some(base), Some(data)) = (&self.task, &self.base, &self.data) else {
+        let Some(task) = &self.task else {
+            let of_task = [
+                ("--base", self.base.is_some()),
+                ("--rank", self.rank.is_some()),
+                ("--epochs", self.epochs.is_some()),
+                ("--learning-rate", self.learning_rate.is_some()),
+                ("--description", self.description.is_some()),
+            ];
+            if let Some((flag, _)) = of_task.iter().find(|(_, given)| *given) {
+                bail!("{flag} is for an adapter: it goes with --task");
+            }
             return self.config.as_deref().map_or(Ok(None), adapter::Recipe::from_file);
+        };
+        ensure!(self.config.is_none(), "--task and --config: say one of them");
+        let (Some(base), Some(data)) = (&self.base, &self.data) else {
+            bail!("--task needs --base, the bundle to add to, and --data, a file of examples");
         };
         let usual = adapter::Settings::default();
         Ok(Some(adapter::Recipe {

@@ -23,3 +23,5 @@ mod lifecycle;
 mod metrics;
 /// The native wire, which knows tasks.
 mod native;
+/// From examples to an endpoint.
+mod training;
