@@ -74,6 +74,10 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Cli::Train(args) => train::run_cli(args).map(|()| Outcome::Done),
         Cli::Check(args) => check::run(&args),
         Cli::Eval(args) => eval::run(&args).map(|_| Outcome::Done),
+        Cli::Bench(args) if args.make.make_bundle.is_some() => {
+            bench::bundle::make(&args.make)?;
+            Ok(Outcome::Done)
+        }
         Cli::Bench(args) => {
             let report = bench::run(&args)?;
             let mut totals = report.runs.iter().filter_map(|run| run.total());

@@ -14,12 +14,14 @@ mod load;
 mod lora;
 mod mta;
 pub mod registry;
+mod save;
 mod targets;
 
 pub use config::FILE as CONFIG_FILE;
 pub use deltas::{Deltas, LowRank, Shape};
 pub use files::FILE as WEIGHTS_FILE;
 pub use load::{Kind, Limits, Loaded, load};
+pub use save::{Change, save};
 
 use std::sync::Arc;
 
@@ -39,6 +41,16 @@ pub enum Module {
 impl Module {
     /// All of them, in the order of a block.
     pub const ALL: [Self; 4] = [Self::Qkv, Self::AttnProj, Self::FcIn, Self::FcOut];
+
+    /// Width of its input and of its output in a model of width `d` and inner width `inner`.
+    pub fn sizes(self, d: usize, inner: usize) -> (usize, usize) {
+        match self {
+            Self::Qkv => (d, 3 * d),
+            Self::AttnProj => (d, d),
+            Self::FcIn => (d, inner),
+            Self::FcOut => (inner, d),
+        }
+    }
 
     /// Its name in Hugging Face's GPT-2, below the block.
     pub fn name(self) -> &'static str {

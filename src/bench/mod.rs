@@ -6,6 +6,7 @@
 //! ended well, and those that did not are counted by kind. Knows nothing of the server's insides. Runs
 //! on one thread, and says how much CPU that thread took from the server.
 
+pub mod bundle;
 pub mod client;
 pub mod inputs;
 pub mod load;
@@ -32,6 +33,7 @@ const DEFAULT_DURATION: Duration = Duration::from_secs(10);
 #[derive(clap::Args, Clone, Debug, Serialize)]
 pub struct Args {
     /// The server, such as http://127.0.0.1:8000
+    #[arg(default_value = "http://127.0.0.1:8000")]
     pub url: String,
     /// Closed loop: requests kept under way; each number is a run
     #[arg(long, value_delimiter = ',', default_value = "1,16,64")]
@@ -42,9 +44,9 @@ pub struct Args {
     /// Tasks that take turns [default: all that the server lists]
     #[arg(long, value_delimiter = ',')]
     pub tasks: Vec<String>,
-    /// Ask /v1/completions for this model, rather than tasks
-    #[arg(long, conflicts_with = "tasks")]
-    pub model: Option<String>,
+    /// Ask /v1/completions for these models, which take turns, rather than for tasks
+    #[arg(long, value_delimiter = ',', conflicts_with = "tasks")]
+    pub model: Vec<String>,
     /// Requests per run
     #[arg(long)]
     pub requests: Option<u64>,
@@ -75,6 +77,9 @@ pub struct Args {
     /// Write the report here as JSON
     #[arg(long)]
     pub json: Option<PathBuf>,
+    /// Measure nothing: write a bundle of random weights to serve
+    #[command(flatten)]
+    pub make: bundle::Make,
 }
 
 /// Measures as `args` say, prints each run's table as it ends and writes the JSON.
@@ -137,10 +142,10 @@ fn check(args: &Args) -> Result<Limit> {
 }
 
 async fn workload(args: &Args, client: &Client) -> Result<Workload> {
-    let names = match &args.model {
-        Some(model) => vec![model.clone()],
-        None if args.tasks.is_empty() => listed_tasks(client).await?,
-        None => args.tasks.clone(),
+    let names = match (args.model.is_empty(), args.tasks.is_empty()) {
+        (false, _) => args.model.clone(),
+        (true, false) => args.tasks.clone(),
+        (true, true) => listed_tasks(client).await?,
     };
     let inputs = match &args.inputs {
         Some(path) => inputs::read(path)?,
@@ -162,7 +167,7 @@ async fn workload(args: &Args, client: &Client) -> Result<Workload> {
     }
     Ok(Workload {
         tasks: names.into_iter().map(task).collect::<Result<_>>()?,
-        completions: args.model.is_some(),
+        completions: !args.model.is_empty(),
         common,
         seed: args.seed,
         timeout: Duration::from_secs_f64(args.timeout),

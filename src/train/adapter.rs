@@ -17,14 +17,13 @@ use super::params::{Gradients, Params, learning_rate};
 use super::recipe::{Optimizer, Stage};
 use super::run::device;
 use super::{checkpoint::replace, signals};
-use crate::adapter::Module;
+use crate::adapter::{Change, Module, save};
 use crate::kernels::{Ops, Precision};
 use crate::model::{CausalPacked, Decoder, Pass, Site, Spec, Weights};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use examples::{Examples, Layout};
-use serde_json::json;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -60,7 +59,8 @@ pub fn run(recipe: &Recipe, out: &Path) -> Result<Summary> {
     let before = learner.evaluate(&examples.held_out)?;
     let (best, after) = learner.train(recipe, &examples, before)?;
     let adapter = out.join("adapters").join(recipe.adapter_name());
-    write_adapter(&adapter, recipe, &best)?;
+    let base = recipe.base.file_name().unwrap_or_default().to_string_lossy();
+    save(&adapter, &base, recipe.adapter.rank, &changes(&best))?;
     let task = out.join("tasks").join(format!("{}.toml", recipe.task));
     write_task(&task, recipe, &examples.layout)?;
     Ok(Summary { adapter, task, before, after })
@@ -206,26 +206,34 @@ fn variable(layer: usize, module: Module, part: &str) -> String {
     format!("transformer.h.{layer}.{}.lora_{part}.weight", module.name())
 }
 
+/// The variables as changes of linear layers.
+fn changes(values: &BTreeMap<String, Tensor>) -> BTreeMap<(usize, Module), Change> {
+    let mut changes = BTreeMap::new();
+    for layer in 0.. {
+        let before = changes.len();
+        for module in Module::ALL {
+            let get = |part| values.get(&variable(layer, module, part)).cloned();
+            changes.extend(get("A").zip(get("B")).map(|change| ((layer, module), change)));
+        }
+        if changes.len() == before {
+            break;
+        }
+    }
+    changes
+}
+
 fn variables(spec: &Spec, settings: &Settings) -> Vec<(String, Vec<usize>)> {
     let mut all = Vec::new();
     for layer in 0..spec.layers {
-        for &module in &settings.modules() {
-            let (inputs, outputs) = sizes(spec, module);
+        let experts = spec.moe.as_ref().is_some_and(|moe| moe.layers.contains(&layer));
+        // Where experts are, there is no one feed-forward network to change.
+        for module in settings.modules().into_iter().filter(|m| !(experts && m.is_mlp())) {
+            let (inputs, outputs) = module.sizes(spec.width, spec.inner);
             all.push((variable(layer, module, "A"), vec![inputs, settings.rank]));
             all.push((variable(layer, module, "B"), vec![settings.rank, outputs]));
         }
     }
     all
-}
-
-fn sizes(spec: &Spec, module: Module) -> (usize, usize) {
-    let (d, inner) = (spec.width, spec.inner);
-    match module {
-        Module::Qkv => (d, 3 * d),
-        Module::AttnProj => (d, d),
-        Module::FcIn => (d, inner),
-        Module::FcOut => (inner, d),
-    }
 }
 
 /// A as PEFT begins it (uniform, its bound the inverse root of the inputs), B zero: the base at first.
@@ -240,35 +248,6 @@ fn initial(shapes: &[(String, Vec<usize>)], seed: u64) -> Result<BTreeMap<String
         tensors.insert(name.clone(), tensor);
     }
     Ok(tensors)
-}
-
-/// Writes PEFT's folder. PEFT keeps both matrices as PyTorch's linear layers do, outputs first.
-fn write_adapter(dir: &Path, recipe: &Recipe, values: &BTreeMap<String, Tensor>) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    let mut stored = HashMap::new();
-    for (name, value) in values {
-        let value = value.to_device(&Device::Cpu)?.t()?.contiguous()?;
-        stored.insert(format!("base_model.model.{name}"), value);
-    }
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let bytes = safetensors::serialize(&stored, Some(format))?;
-    replace(&dir.join("adapter_model.safetensors"), &bytes)?;
-    let modules: Vec<&str> = recipe.adapter.modules().iter().map(|module| module.name()).collect();
-    let base = recipe.base.file_name().unwrap_or_default().to_string_lossy();
-    let config = json!({
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": recipe.adapter.rank,
-        // The scale is in B.
-        "lora_alpha": recipe.adapter.rank,
-        "lora_dropout": 0.0,
-        "target_modules": modules,
-        "fan_in_fan_out": true,
-        "bias": "none",
-        "inference_mode": true,
-    });
-    replace(&dir.join("adapter_config.json"), format!("{config:#}\n").as_bytes())
 }
 
 fn write_task(path: &Path, recipe: &Recipe, layout: &Layout) -> Result<()> {
