@@ -19,7 +19,7 @@ pub const PREFIX: &str = "base_model.model.";
 /// What follows it in files for a model with a head.
 pub const TRANSFORMER: &str = "transformer.";
 
-const MAX_CONFIG_BYTES: usize = 1 << 20;
+const MAX_CONFIG_BYTES: usize = 1 << 18;
 /// For the names of tensors, beside their values.
 const MAX_HEADER_BYTES: usize = 1 << 24;
 

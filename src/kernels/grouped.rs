@@ -264,7 +264,7 @@ impl LowRank<'_> {
         };
         let work: usize = self.groups.iter().map(work).sum();
         let tasks = (work / TASK_WORK).clamp(1, 4 * rayon::current_num_threads());
-        rows.div_ceil(tasks).min(ROW_BLOCK).max(1)
+        rows.div_ceil(tasks).clamp(1, ROW_BLOCK)
     }
 }
 

@@ -218,7 +218,7 @@ fn what_does_not_fit_is_an_error() {
     for group in wrong {
         assert!(low_rank_add(y(), &x, &[group]).is_err());
     }
-    assert!(low_rank_add(tensor((5, 7), 6), &x, &[group.clone()]).is_err());
+    assert!(low_rank_add(tensor((5, 7), 6), &x, std::slice::from_ref(&group)).is_err());
     assert!(low_rank_add(tensor((7, 6), 6).t().unwrap(), &x, &[group]).is_err());
 }
 
