@@ -1,14 +1,21 @@
-//! What adapters and experts cost in the kernels: a low-rank product and a grouped one beside the linear
-//! layer under them.
+//! What adapters and experts cost: a low-rank product and a grouped one beside the linear layer under
+//! them, and whole decode steps over several adapters.
 //!
 //! `cargo bench --bench adapters`
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor};
+use candle_nn::VarBuilder;
+use shoal::adapter::{Deltas, LowRank, Mix, Module, Part, Shape};
 use shoal::kernels::{
-    Group, LowRankGroup, PackedMatrix, Precision, grouped_matmul, in_pool, low_rank_add,
+    Group, LowRankGroup, Ops, PackedMatrix, Precision, grouped_matmul, in_pool, low_rank_add,
 };
+use shoal::model::init::fresh;
+use shoal::model::step::{AdapterRows, Runner, SampleRow, Slice, StepInput};
+use shoal::model::{CandleRunner, Decoder, Spec, adapter_shape};
+use shoal::request::Params;
 use std::hint::black_box;
 use std::ops::Range;
+use std::sync::Arc;
 
 const RANK: usize = 16;
 const CALLS: usize = 200;
@@ -40,7 +47,8 @@ fn time(mut call: impl FnMut() -> Result<Tensor> + Send) -> Result<f64> {
     })
 }
 
-fn main() -> Result<()> {
+/// One low-rank product, and one product per group, beside a linear layer.
+fn kernels() -> Result<()> {
     for (width, precision) in [(256, Precision::F32), (256, Precision::Bf16), (768, Precision::F32)]
     {
         let outer = 3 * width;
@@ -74,4 +82,101 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+const SEQUENCES: usize = 16;
+const BLOCKS: usize = 8;
+
+/// A small GPT-2 of random weights.
+fn runner(precision: Precision) -> Result<CandleRunner> {
+    let spec = Spec {
+        layers: 6,
+        heads: 8,
+        width: 256,
+        inner: 1024,
+        context: 128,
+        vocab: 8192,
+        eps: 1e-5,
+        eos: None,
+        tasks: Vec::new(),
+    };
+    let tensors = fresh(&spec, 1)?.into_iter().collect();
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let decoder = Decoder::packed(&spec, vb, Ops::new(&Device::Cpu, precision))?;
+    CandleRunner::new(decoder, SEQUENCES * BLOCKS, 16)
+}
+
+/// An adapter on all linear layers.
+fn adapter(shape: &Shape, key: u64) -> Result<Arc<Mix>> {
+    let mut deltas = Deltas::new(shape);
+    for (layer, module) in (0..shape.layers).flat_map(|l| Module::ALL.map(|module| (l, module))) {
+        let (inner, outer) = shape.sizes(module);
+        let a = Arc::new(packed(inner, RANK, shape.precision)?);
+        let b = Arc::new(packed(RANK, outer, shape.precision)?);
+        deltas.set(layer, module, LowRank { a, b }).map_err(Error::msg)?;
+    }
+    let parts = vec![Part { deltas: Arc::new(deltas), weight: 1.0 }];
+    Ok(Arc::new(Mix { key, parts }))
+}
+
+/// A decode step of all sequences over so many adapters, as neighbours; 0 is the base alone.
+fn decode(adapters: &[Arc<Mix>]) -> StepInput {
+    let sampling = Arc::new(Params { temperature: Some(0.0), ..Params::default() }.sampling());
+    let sample = |row| SampleRow {
+        row,
+        sampling: sampling.clone(),
+        seed: 1,
+        index: 0,
+        history: Vec::new(),
+        prompt_len: 0,
+        banned: Vec::new(),
+    };
+    let table = |i| i * BLOCKS..(i + 1) * BLOCKS;
+    let slice = |i| Slice { rows: i..i + 1, table: table(i), gate: None };
+    let ranges = split(SEQUENCES, adapters.len().max(1)).into_iter();
+    StepInput {
+        tokens: vec![7; SEQUENCES],
+        positions: vec![96; SEQUENCES],
+        slices: (0..SEQUENCES).map(slice).collect(),
+        block_tables: (0..(SEQUENCES * BLOCKS) as u32).collect(),
+        adapters: ranges
+            .zip(adapters)
+            .map(|(rows, mix)| AdapterRows { rows, mix: mix.clone() })
+            .collect(),
+        samples: (0..SEQUENCES).map(sample).collect(),
+        scores: Vec::new(),
+    }
+}
+
+/// Whole decode steps over more and more adapters.
+fn steps() -> Result<()> {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut runner = runner(precision)?;
+        let shape = adapter_shape(runner.decoder().spec(), precision);
+        let adapters: Vec<_> =
+            (1..=SEQUENCES as u64).map(|key| adapter(&shape, key)).collect::<Result<_>>()?;
+        let inputs = [0, 1, 4, 16].map(|count| (count, decode(&adapters[..count])));
+        // In turns, so that what else the machine does is shared by all.
+        let mut best = [f64::MAX; 4];
+        for _ in 0..CALLS {
+            for (best, (_, input)) in best.iter_mut().zip(&inputs) {
+                let start = shoal::telemetry::now();
+                runner.step(input).map_err(Error::wrap)?;
+                *best = best.min(start.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+        for (time, (count, _)) in best.iter().zip(&inputs) {
+            let share = 100.0 * best[0] / time;
+            println!(
+                "{precision:?}, {SEQUENCES} rows of a 7M model over {count:2} adapters: {time:.3} ms a step, \
+                 {share:.0}% of the base's rate",
+            );
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    kernels()?;
+    steps()
 }

@@ -117,9 +117,8 @@ impl<'a> Targets<'a> {
             }
             Some(patterns) => patterns
                 .into_iter()
-                .map(|p| {
-                    compile(keys, "layers_pattern", &format!(r"\A(?:|.*?\.){p}\.(?P<idx>\d+)\."))
-                })
+                .map(|p| format!(r"\A(?:(?:|.*?\.){p}\.(?P<idx>\d+)\.)"))
+                .map(|pattern| compile(keys, "layers_pattern", &pattern))
                 .collect(),
         };
         let layers = layers.filter(|layers| !layers.is_empty()).zip(patterns);
@@ -232,7 +231,7 @@ impl<T: Copy> Overrides<T> {
         Self(entries)
     }
 
-    /// The value for a module; an error names the key if a pattern takes too long.
+    /// The value for a module, if there is one; an error if a pattern takes too long.
     pub fn get(&self, name: &str) -> Result<Option<T>, Box<fancy_regex::Error>> {
         for (pattern, value) in &self.0 {
             if pattern.is_match(name)? {

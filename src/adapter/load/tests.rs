@@ -254,6 +254,11 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         ),
         ("target_modules", json!({"layers_to_transform": [9]}), "names no layer"),
         ("target_modules", json!({"layers_to_transform": [-1]}), "names no layer"),
+        (
+            "target_modules",
+            json!({"layers_to_transform": [0], "layers_pattern": "layers|h"}),
+            "names no layer",
+        ),
         ("layers_to_transform", json!({"layers_to_transform": ["0"]}), "integers"),
         ("layers_to_transform", json!({"layers_pattern": "h"}), "missing"),
         (
