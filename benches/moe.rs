@@ -11,12 +11,14 @@ use candle_nn::VarBuilder;
 use shoal::kernels::{Ops, PackedMatrix, Precision, in_pool};
 use shoal::model::spec::{Gate, Moe};
 use shoal::model::{MoeLayer, Spec, init};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 const EXPERTS: usize = 8;
 /// As many, so that a task's gate can name each expert.
 const TASKS: usize = EXPERTS;
+/// Times that everything is measured in turn: others on the machine disturb all alike.
+const ROUNDS: usize = 6;
 /// Networks in a row, so that the caches hold what they would in a model.
 const LAYERS: usize = 6;
 
@@ -75,15 +77,19 @@ fn mixtures(width: usize, gate: Gate, precision: Precision) -> Result<Vec<MoeLay
     (0..LAYERS).map(layer).collect()
 }
 
-/// Seconds of one of `calls` calls, at best.
-fn seconds(calls: usize, mut call: impl FnMut(usize) -> Result<()> + Send) -> Result<f64> {
-    let (mut best, begin) = (Duration::MAX, shoal::telemetry::now());
-    while begin.elapsed() < Duration::from_millis(400) {
+/// Lowers `best` to the seconds of one of `calls` calls.
+fn time(
+    best: &mut f64,
+    calls: usize,
+    mut call: impl FnMut(usize) -> Result<()> + Send,
+) -> Result<()> {
+    let begin = shoal::telemetry::now();
+    while begin.elapsed() < Duration::from_millis(60) {
         let start = shoal::telemetry::now();
         in_pool(|| (0..calls).try_for_each(&mut call))?;
-        best = best.min(start.elapsed());
+        *best = best.min(start.elapsed().as_secs_f64() / calls as f64);
     }
-    Ok(best.as_secs_f64() / calls as f64)
+    Ok(())
 }
 
 /// How many rows go to each expert of each layer that gets any.
@@ -121,28 +127,30 @@ impl Case {
 
     /// `x` has as many rows as wanted, or more.
     fn alone(&mut self, x: &Tensor, rows: usize) -> Result<f64> {
-        if let Some(&seconds) = self.alone.get(&rows) {
-            return Ok(seconds);
-        }
         let x = x.narrow(0, 0, rows)?.contiguous()?;
-        let time = seconds(LAYERS * EXPERTS, |i| {
+        let best = self.alone.entry(rows).or_insert(f64::MAX);
+        time(best, LAYERS * EXPERTS, |i| {
             let gates = vec![Some((i / LAYERS) as u32); rows];
             self.task[i % LAYERS].forward(&self.ops, &x, &gates).map(drop)
         })?;
-        self.alone.insert(rows, time);
-        Ok(time)
+        Ok(*best)
     }
 
     fn measure(&mut self, x: &Tensor) -> Result<()> {
         let (rows, ops) = (x.dim(0)?, self.ops);
         let same = vec![Some(1); rows];
-        let dense = seconds(LAYERS, |i| self.dense[i].forward(&ops, x).map(drop))?;
-        let token = seconds(LAYERS, |i| self.token[i].forward(&ops, x, &[]).map(drop))?;
-        let task = seconds(LAYERS, |i| self.task[i].forward(&ops, x, &same).map(drop))?;
         let loads = loads(&self.token, &ops, x)?;
+        let [mut dense, mut token, mut task] = [f64::MAX; 3];
+        for _ in 0..ROUNDS {
+            time(&mut dense, LAYERS, |i| self.dense[i].forward(&ops, x).map(drop))?;
+            time(&mut token, LAYERS, |i| self.token[i].forward(&ops, x, &[]).map(drop))?;
+            time(&mut task, LAYERS, |i| self.task[i].forward(&ops, x, &same).map(drop))?;
+            for &rows in &loads.iter().collect::<BTreeSet<_>>() {
+                self.alone(x, *rows)?;
+            }
+        }
         let experts = loads.len() as f64 / LAYERS as f64;
-        let each = loads.into_iter().map(|rows| self.alone(x, rows));
-        let floor = each.sum::<Result<f64>>()? / LAYERS as f64;
+        let floor = loads.iter().map(|rows| self.alone[rows]).sum::<f64>() / LAYERS as f64;
         println!(
             "  {rows:2} rows: dense {:7.1} us; {experts:.1} experts {:7.1} us, {:.2} of their floor; one task {:.2} \
              of dense",

@@ -3,6 +3,8 @@
 //! Knows rows, slices and blocks; must not know requests. Whatever does not fit together in a
 //! [`StepInput`] is an error before anything is written.
 
+mod routed;
+
 use super::decoder::{Decoder, Pass, Site};
 use super::step::{
     AdapterRows, Capacity, Experts, Mix, Routing, Runner, StepError, StepInput, StepOutput,
@@ -12,8 +14,8 @@ use crate::adapter;
 use crate::kernels::{KvPool, LowRankGroup, PagedRows, in_pool, low_rank_add};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use rayon::prelude::*;
+use routed::Routed;
 use std::collections::BTreeSet;
-use std::iter::repeat_n;
 use std::ops::Range;
 
 /// Rows whose logits are held at once: a vocabulary of 50k makes 13 MB of them.
@@ -62,7 +64,7 @@ impl CandleRunner {
         let routed = Routed::new(input, wanted);
         let mut pass = Paged { pool: &mut self.pool, rows: paged, kept, adapters, routed };
         let hidden = self.decoder.hidden(&tokens, &positions, &mut pass)?;
-        Ok((hidden, pass.routed.routing))
+        Ok((hidden, pass.routed.into_routing()))
     }
 
     /// Applies `f` to the logits of each of `asked`, given which row of `hidden` it is about.
@@ -140,42 +142,6 @@ struct Paged<'a> {
     routed: Routed<'a>,
 }
 
-/// What gates are told of a step's rows, and what they tell.
-struct Routed<'a> {
-    /// The rows that are kept.
-    wanted: &'a [u32],
-    /// Tasks of all rows, and of the wanted ones.
-    gates: [Vec<Option<u32>>; 2],
-    routing: Routing,
-}
-
-impl<'a> Routed<'a> {
-    fn new(input: &StepInput, wanted: &'a [u32]) -> Self {
-        let all = input.slices.iter().flat_map(|s| repeat_n(s.gate, s.rows.len()));
-        let all: Vec<_> = all.collect();
-        let kept = wanted.iter().map(|&row| all[row as usize]).collect();
-        Self { wanted, gates: [all, kept], routing: Routing::default() }
-    }
-
-    /// Puts down one layer more.
-    fn add(&mut self, kept: bool, routes: &Routes) {
-        let Routing { experts, entropy } = &mut self.routing;
-        if !kept {
-            experts.extend(&routes.experts);
-            entropy.extend(&routes.entropy);
-            return;
-        }
-        let (k, rows, before) = (routes.top_k, self.gates[0].len(), entropy.len());
-        entropy.resize(before + rows, f32::NAN);
-        experts.resize((before + rows) * k, Routing::NONE);
-        for (i, &row) in self.wanted.iter().enumerate() {
-            let at = before + row as usize;
-            entropy[at] = routes.entropy[i];
-            experts[at * k..(at + 1) * k].copy_from_slice(&routes.experts[i * k..(i + 1) * k]);
-        }
-    }
-}
-
 impl Pass for Paged<'_> {
     fn kept(&self) -> Option<&Tensor> {
         self.kept.as_ref()
@@ -186,7 +152,7 @@ impl Pass for Paged<'_> {
     }
 
     fn gates(&self, kept: bool) -> &[Option<u32>] {
-        &self.routed.gates[usize::from(kept)]
+        self.routed.gates(kept)
     }
 
     fn routed(&mut self, _layer: usize, kept: bool, routes: &Routes) {
