@@ -109,7 +109,7 @@ impl Spec {
                 ("ln_2.bias", vec![d]),
             ];
             let named = |(name, shape)| (format!("transformer.h.{layer}.{name}"), shape);
-            tensors.extend(attention.map(|(name, shape)| (name.to_owned(), shape)).map(named));
+            tensors.extend(attention.map(|(name, shape)| named((name.to_owned(), shape))));
             tensors.extend(self.feed_forward(layer).into_iter().map(named));
         }
         tensors.push(("transformer.ln_f.weight".to_owned(), vec![d]));
