@@ -1,8 +1,9 @@
 //! Compute: what a model is and what a step of it computes.
 //!
 //! [`spec`] reads `config.json`, [`weights`] maps `model.safetensors`, [`decoder`] is the one GPT-2 that
-//! both training and serving run, with [`moe`] for feed-forward networks of experts; [`runner`] drives it a [`step`] at a time over a paged KV cache, and
-//! [`sample`] turns logits into tokens. [`init`] makes fresh weights.
+//! both training and serving run, with [`moe`] for feed-forward networks of experts; [`runner`] drives
+//! it a [`step`] at a time over a paged KV cache, and [`sample`] turns logits into tokens. [`init`] makes
+//! fresh weights, and experts out of dense ones.
 //!
 //! Knows tensors and rows. Must not know requests, tasks, text or time. Nothing in a bundle, however
 //! broken, makes it panic: what is wrong comes back as [`Faults`], all at once.
