@@ -99,6 +99,7 @@ fn runner(precision: Precision) -> Result<CandleRunner> {
         eps: 1e-5,
         eos: None,
         tasks: Vec::new(),
+        moe: None,
     };
     let tensors = fresh(&spec, 1)?.into_iter().collect();
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
