@@ -3,7 +3,7 @@
 use super::{CONFIG_FILE, Module, WEIGHTS_FILE};
 use candle_core::{Device, Result, Tensor};
 use serde_json::json;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::Path;
 
@@ -29,10 +29,6 @@ pub fn save(
     }
     let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(&stored, Some(format), &dir.join(WEIGHTS_FILE))?;
-    let mut modules: Vec<Module> = changes.keys().map(|(_, module)| *module).collect();
-    modules.sort_unstable();
-    modules.dedup();
-    let modules: Vec<&str> = modules.iter().map(|module| module.name()).collect();
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -40,7 +36,7 @@ pub fn save(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": modules,
+        "target_modules": targets(changes),
         "fan_in_fan_out": true,
         "bias": "none",
         "inference_mode": true,
@@ -50,4 +46,19 @@ pub fn save(
     let permissions = fs::metadata(dir.join(CONFIG_FILE))?.permissions();
     fs::set_permissions(dir.join(WEIGHTS_FILE), permissions)?;
     Ok(())
+}
+
+/// The changed layers as PEFT finds them: by module where all blocks have it, else one by one.
+fn targets(changes: &BTreeMap<(usize, Module), Change>) -> Vec<String> {
+    let blocks: BTreeSet<usize> = changes.keys().map(|(layer, _)| *layer).collect();
+    let mut targets = Vec::new();
+    for module in Module::ALL {
+        let with = blocks.iter().filter(|&&layer| changes.contains_key(&(layer, module)));
+        let with: Vec<&usize> = with.collect();
+        match with.len() {
+            n if n == blocks.len() => targets.push(module.name().to_owned()),
+            _ => targets.extend(with.iter().map(|layer| format!("h.{layer}.{}", module.name()))),
+        }
+    }
+    targets
 }
