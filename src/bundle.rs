@@ -90,6 +90,17 @@ impl Parts {
     }
 }
 
+/// Refuses to begin without an adapter that is there, because others took its room.
+pub fn check_all(registry: &Registry, names: &[String]) -> Result<()> {
+    match names.iter().find(|name| !registry.contains(name)) {
+        Some(name) => bail!(
+            "there is no room for the adapter {name} beside the others: allow more with \
+             --max-adapters or --max-adapter-bytes"
+        ),
+        None => Ok(()),
+    }
+}
+
 /// Where model and tokenizer do not fit together.
 fn mismatches(spec: &Spec, tokenizer: &Tokenizer) -> Vec<String> {
     let mut faults = Vec::new();
@@ -153,17 +164,24 @@ impl Bundle {
         bounds: Bounds,
         metrics: Arc<Metrics>,
     ) -> Result<Registry> {
-        let registry = Registry::new(self.adapter_shape(dtype), bounds, metrics);
-        // Again, because they may be wanted in another precision.
-        for name in std::mem::take(&mut self.adapters).into_keys() {
-            let wanted = Wanted::new(&name, &self.path.join(adapters::FOLDER).join(&name));
-            let loaded = registry.load(&wanted);
-            loaded.map_err(|e| anyhow!("{}/{name}: {e}", adapters::FOLDER))?;
+        let shape = self.adapter_shape(dtype);
+        let registry = Registry::new(shape.clone(), bounds, metrics);
+        let needed: Vec<&str> =
+            self.tasks.iter().filter_map(|task| task.adapter.as_deref()).collect();
+        let read = std::mem::take(&mut self.adapters);
+        let names: Vec<String> = read.keys().cloned().collect();
+        for (name, loaded) in read {
+            let pinned = needed.contains(&name.as_str());
+            let folder = self.path.join(adapters::FOLDER).join(&name);
+            let wanted = Wanted { pinned, ..Wanted::new(&name, &folder) };
+            // As it was read it may be of another precision than the one that is wanted.
+            let admitted = match loaded.deltas(None).shape() == &shape {
+                true => registry.admit(&wanted, loaded),
+                false => registry.load(&wanted),
+            };
+            admitted.map_err(|e| anyhow!("{}/{name}: {e}", adapters::FOLDER))?;
         }
-        let needed = self.tasks.iter().filter_map(|task| task.adapter.as_deref());
-        needed.for_each(|adapter| {
-            registry.pin(adapter);
-        });
+        check_all(&registry, &names)?;
         Ok(registry)
     }
 

@@ -71,8 +71,8 @@ impl Module {
 /// What a row runs with beside the base weights: `Σ weight · deltas`, not normalised.
 #[derive(Debug)]
 pub struct Mix {
-    /// Names these very weights for the life of the process: a reloaded adapter has another key, the
-    /// same mixture of the same adapters the same one. Never 0, which stands for the base alone.
+    /// Names these very weights, and no others for the life of the process: a reloaded adapter has another
+    /// key. Never 0, which stands for the base alone.
     pub key: u64,
     /// Its parts, at least one.
     pub parts: Vec<Part>,

@@ -8,15 +8,15 @@
 //! Knows names, folders and limits; must not know requests or sockets. Loading reads files and packs
 //! weights: it takes its time, and holds no lock meanwhile.
 
-use super::{Limits, Loaded, Mix, Part, Shape, load};
+use super::{CONFIG_FILE, Limits, Loaded, Mix, Part, Shape, WEIGHTS_FILE, load};
 use crate::error::{Error, Kind, Result};
 use crate::ids::is_valid_name;
 use crate::metrics::{AdapterMetrics, Metrics};
 use crate::telemetry::now;
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// The most adapters in one mixture.
@@ -25,8 +25,8 @@ pub const MAX_PARTS: usize = 8;
 pub const MAX_WEIGHT: f32 = 4.0;
 /// When somebody else's load is likely to be over.
 const RETRY_BUSY: Duration = Duration::from_secs(1);
-/// So many mixtures are remembered before those that nobody uses are forgotten.
-const MIXTURES: usize = 256;
+/// So many of the mixtures that were asked for last are remembered.
+const MIXTURES: usize = 64;
 
 /// What a registry may hold.
 #[derive(Clone, Debug)]
@@ -111,10 +111,16 @@ struct State {
     adapters: BTreeMap<String, Resident>,
     /// The last generation of each name that was ever loaded.
     generations: HashMap<String, u64>,
-    /// Mixtures that requests asked for, by the keys and the bits of the weights of their parts.
-    mixtures: HashMap<Vec<(u64, u32)>, Weak<Mix>>,
+    /// Mixtures that requests asked for lately, the latest last.
+    mixtures: VecDeque<Mixture>,
     /// Counts uses.
     clock: u64,
+}
+
+/// A mixture by the keys and the bits of the weights of its parts.
+struct Mixture {
+    parts: Vec<(u64, u32)>,
+    mix: Arc<Mix>,
 }
 
 struct Resident {
@@ -131,34 +137,47 @@ impl Registry {
         Self { shape, bounds, metrics, state: Mutex::default(), loading: Mutex::new(()) }
     }
 
-    /// Reads an adapter and makes it known, giving up those not used for longest if there is no room.
-    /// Until this succeeds nothing has changed. Blocks while it reads.
+    /// [`Registry::read`] and [`Registry::admit`] in one.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn load(&self, wanted: &Wanted) -> Result<Info> {
+        self.admit(wanted, self.read(wanted)?)
+    }
+
+    /// Reads an adapter, which nobody can name yet. Blocks while it does.
     ///
     /// # Errors
     /// `Conflict` if the name is taken or of another generation; `Invalid` for a name that may not be
     /// one, a folder that cannot be honoured exactly, or one that exceeds a limit; `NotFound` if there
     /// is no such folder; `Overloaded` while another one is being read.
-    pub fn load(&self, wanted: &Wanted) -> Result<Info> {
+    pub fn read(&self, wanted: &Wanted) -> Result<Loaded> {
         if !is_valid_name(&wanted.name) {
-            let message =
-                format!("lora_name {:?}; allowed: 1 to 64 of A-Z a-z 0-9 . _ -", wanted.name);
+            let allowed = "allowed: 1 to 64 of A-Z a-z 0-9 . _ -";
+            let message = format!("lora_name {:?}; {allowed}", wanted.name);
             return Err(Error::invalid("lora_name", message));
         }
-        let Ok(_loading) = self.loading.try_lock() else {
-            let error = Error::new(Kind::Overloaded, "another adapter is being loaded");
-            return Err(error.with_code("lora_load_busy").with_retry_after(RETRY_BUSY));
+        let _loading = match self.loading.try_lock() {
+            Ok(guard) => guard,
+            // What panicked while it read has left nothing behind.
+            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                let error = Error::new(Kind::Overloaded, "another adapter is being loaded");
+                return Err(error.with_code("lora_load_busy").with_retry_after(RETRY_BUSY));
+            }
         };
         check_place(&self.state(), wanted)?;
         let begin = now();
-        let loaded = self.read(&wanted.path);
+        let loaded = self.read_folder(&wanted.path);
         let metrics = self.metrics.adapters();
         metrics.load_seconds.observe(begin.elapsed().as_secs_f64());
-        let outcome = if loaded.is_ok() { "ok" } else { "error" };
-        metrics.loads.with_label_values(&[outcome]).inc();
-        self.admit(wanted, loaded?)
+        if loaded.is_err() {
+            metrics.loads.with_label_values(&["error"]).inc();
+        }
+        loaded
     }
 
-    fn read(&self, path: &Path) -> Result<Loaded> {
+    fn read_folder(&self, path: &Path) -> Result<Loaded> {
         if !path.is_dir() {
             let message = format!("lora_path: {} is no folder", path.display());
             return Err(Error::not_found(message).with_param("lora_path"));
@@ -168,13 +187,36 @@ impl Registry {
             .map_err(|faults| Error::invalid("lora_path", faults.to_string()))
     }
 
-    /// Gives what was read its name, and room.
-    fn admit(&self, wanted: &Wanted, loaded: Loaded) -> Result<Info> {
-        let mut state = self.state();
-        // Somebody may have unloaded it meanwhile; nobody else loads.
-        check_place(&state, wanted)?;
+    /// Gives what was read its name, and room: those not used for longest go if there is none. An
+    /// adapter that takes another's place stays pinned if that was. Until this succeeds nothing has
+    /// changed.
+    ///
+    /// # Errors
+    /// `Conflict` if the name is taken, of another generation, or there is no room; `Invalid` if it is
+    /// of another shape or rank than allowed.
+    pub fn admit(&self, wanted: &Wanted, loaded: Loaded) -> Result<Info> {
         let metrics = self.metrics.adapters();
-        self.make_room(&mut state, &wanted.name, loaded.bytes)?;
+        let mut state = self.state();
+        let admitted = self.admit_to(&mut state, wanted, loaded);
+        let outcome = if admitted.is_ok() { "ok" } else { "error" };
+        metrics.loads.with_label_values(&[outcome]).inc();
+        self.publish(&state);
+        admitted
+    }
+
+    fn admit_to(&self, state: &mut State, wanted: &Wanted, loaded: Loaded) -> Result<Info> {
+        check_place(state, wanted)?;
+        if loaded.rank > self.bounds.max_rank {
+            let (rank, most) = (loaded.rank, self.bounds.max_rank);
+            let message = format!("lora_path: rank {rank}; allowed: 1 to {most}");
+            let error = Error::invalid("lora_path", message);
+            return Err(error.with_code("lora_rank_limit_exceeded"));
+        }
+        for victim in self.victims(state, &wanted.name, loaded.bytes)? {
+            self.retire(state, &victim);
+            self.metrics.adapters().evictions.inc();
+        }
+        let replaced = self.retire(state, &wanted.name);
         let generation = state.generations.entry(wanted.name.clone()).or_default();
         *generation += 1;
         let info = Info {
@@ -183,42 +225,54 @@ impl Registry {
             kind: loaded.kind.name(),
             rank: loaded.rank,
             bytes: loaded.bytes,
-            pinned: wanted.pinned,
+            pinned: wanted.pinned || replaced.is_some_and(|old| old.pinned),
             tasks: loaded.tasks.clone(),
         };
         let last_used = state.tick();
         let resident = Resident { info: info.clone(), loaded, mixes: HashMap::new(), last_used };
-        if let Some(old) = state.adapters.insert(info.name.clone(), resident) {
-            retire(&old.info, metrics);
-        }
-        label(&info, metrics).set(1);
-        self.publish(&state);
+        state.adapters.insert(info.name.clone(), resident);
+        label(&info, self.metrics.adapters()).set(1);
         Ok(info)
     }
 
-    /// Gives up adapters until one of `bytes` fits, which may replace the one called `name`.
-    fn make_room(&self, state: &mut State, name: &str, bytes: usize) -> Result<()> {
-        loop {
-            let others = || state.adapters.values().filter(|r| r.info.name != name);
-            let used: usize = others().map(|r| r.info.bytes).sum();
-            if others().count() < self.bounds.max_adapters && used + bytes <= self.bounds.max_bytes
-            {
-                return Ok(());
-            }
-            let idle = others().filter(|r| !r.info.pinned).min_by_key(|r| r.last_used);
-            let Some(victim) = idle.map(|r| r.info.name.clone()) else {
-                let Bounds { max_adapters, max_bytes, .. } = self.bounds;
-                let message = format!(
-                    "no room for an adapter of {bytes} bytes beside those that are pinned; allowed: \
-                     {max_adapters} adapters and {max_bytes} bytes"
-                );
-                return Err(Error::new(Kind::Conflict, message).with_code("lora_limit_exceeded"));
-            };
-            if let Some(victim) = state.adapters.remove(&victim) {
-                retire(&victim.info, self.metrics.adapters());
-                self.metrics.adapters().evictions.inc();
+    /// The adapters to give up so that one of `bytes` fits, which may replace the one called `name`.
+    fn victims(&self, state: &State, name: &str, bytes: usize) -> Result<Vec<String>> {
+        let Bounds { max_adapters, max_bytes, .. } = self.bounds;
+        let mut others: Vec<&Resident> =
+            state.adapters.values().filter(|r| r.info.name != name).collect();
+        let mut used: usize = others.iter().map(|r| r.info.bytes).sum();
+        // The pinned last, which never go; then the latest used, so that the end goes first.
+        others.sort_by_key(|r| (!r.info.pinned, std::cmp::Reverse(r.last_used)));
+        let mut victims = Vec::new();
+        while others.len() >= max_adapters || used.saturating_add(bytes) > max_bytes {
+            match others.pop() {
+                Some(idle) if !idle.info.pinned => {
+                    used -= idle.info.bytes;
+                    victims.push(idle.info.name.clone());
+                }
+                _ => {
+                    let message = format!(
+                        "no room for an adapter of {bytes} bytes beside those that are pinned; \
+                         allowed: {max_adapters} adapters and {max_bytes} bytes"
+                    );
+                    let error = Error::new(Kind::Conflict, message);
+                    return Err(error.with_code("lora_limit_exceeded"));
+                }
             }
         }
+        Ok(victims)
+    }
+
+    /// Takes an adapter out, and what was mixed with it.
+    fn retire(&self, state: &mut State, name: &str) -> Option<Info> {
+        let old = state.adapters.remove(name)?;
+        let keys: Vec<u64> = old.mixes.values().map(|mix| mix.key).collect();
+        state.mixtures.retain(|m| !m.parts.iter().any(|(key, _)| keys.contains(key)));
+        let Info { name, generation, kind, rank, .. } = &old.info;
+        let labels = [name, &generation.to_string(), *kind, &rank.to_string()];
+        // It was registered when the adapter was.
+        let _ = self.metrics.adapters().info.remove_label_values(&labels);
+        Some(old.info)
     }
 
     /// Forgets an adapter. Requests that run with it keep it.
@@ -233,10 +287,9 @@ impl Registry {
         {
             return Err(mismatch(name, expected, resident.info.generation));
         }
-        let resident = state.adapters.remove(name).ok_or_else(|| unknown(name))?;
-        retire(&resident.info, self.metrics.adapters());
+        let info = self.retire(&mut state, name).ok_or_else(|| unknown(name))?;
         self.publish(&state);
-        Ok(resident.info)
+        Ok(info)
     }
 
     /// Pins an adapter, so that it is never given up to make room. False if there is none of this name.
@@ -328,15 +381,18 @@ impl State {
         Ok((mix, resident.info.generation))
     }
 
-    /// The mixture of these, the same one for as long as somebody uses it.
+    /// The mixture of these, the same one as long as it is remembered.
     fn interned(&mut self, chosen: &[(Arc<Mix>, f32)]) -> Arc<Mix> {
         let name: Vec<(u64, u32)> =
             chosen.iter().map(|(mix, weight)| (mix.key, weight.to_bits())).collect();
-        if let Some(mix) = self.mixtures.get(&name).and_then(Weak::upgrade) {
+        let known = self.mixtures.iter().position(|mixture| mixture.parts == name);
+        if let Some(mixture) = known.and_then(|place| self.mixtures.remove(place)) {
+            let mix = mixture.mix.clone();
+            self.mixtures.push_back(mixture);
             return mix;
         }
         if self.mixtures.len() >= MIXTURES {
-            self.mixtures.retain(|_, mix| mix.strong_count() > 0);
+            self.mixtures.pop_front();
         }
         let mut parts = Vec::new();
         for (mix, weight) in chosen {
@@ -344,7 +400,7 @@ impl State {
             parts.extend(mix.parts.iter().map(scaled));
         }
         let mix = Arc::new(Mix { key: new_key(), parts });
-        self.mixtures.insert(name, Arc::downgrade(&mix));
+        self.mixtures.push_back(Mixture { parts: name, mix: mix.clone() });
         mix
     }
 }
@@ -404,14 +460,9 @@ fn label(info: &Info, metrics: &AdapterMetrics) -> prometheus::IntGauge {
     metrics.info.with_label_values(&[&info.name, &generation, info.kind, &rank])
 }
 
-fn retire(info: &Info, metrics: &AdapterMetrics) {
-    let (generation, rank) = (info.generation.to_string(), info.rank.to_string());
-    // It was registered when the adapter was.
-    let _ = metrics.info.remove_label_values(&[&info.name, &generation, info.kind, &rank]);
-}
-
 /// The folder that `path` names below `root`, and nowhere else: links and `..` are followed before that
-/// is judged, for the folder and for each file in it.
+/// is judged, for the folder and for an adapter's files in it. Of what is outside nothing is said, not
+/// even whether it exists.
 ///
 /// # Errors
 /// `NotFound` if there is no such folder; `Forbidden` if it, or a file in it, is not below the root.
@@ -424,16 +475,31 @@ pub fn confined(root: &Path, path: &str) -> Result<PathBuf> {
         let shown: String = path.chars().take(256).collect();
         Error::not_found(format!("lora_path: there is no {shown}")).with_param("lora_path")
     };
-    let root = root.canonicalize().map_err(|e| Error::internal("the adapter root is gone", e))?;
-    let folder = root.join(path).canonicalize().map_err(missing)?;
-    if !folder.starts_with(&root) {
+    let real_root = root.canonicalize().map_err(missing)?;
+    let asked = root.join(path);
+    if !stays_below(&asked, root) && !stays_below(&asked, &real_root) {
         return Err(outside());
     }
-    for entry in std::fs::read_dir(&folder).map_err(missing)?.flatten() {
-        let file = entry.path().canonicalize().map_err(missing)?;
-        if !file.starts_with(&root) {
-            return Err(outside());
-        }
+    let folder = asked.canonicalize().map_err(missing)?;
+    let files = [CONFIG_FILE, WEIGHTS_FILE].map(|name| folder.join(name));
+    // A file that is not there is a fault that loading names.
+    let real_files = files.iter().filter_map(|file| file.canonicalize().ok());
+    match real_files.chain([folder.clone()]).all(|real| real.starts_with(&real_root)) {
+        true => Ok(folder),
+        false => Err(outside()),
     }
-    Ok(folder)
+}
+
+/// Whether a path is below `root` as it is written.
+fn stays_below(path: &Path, root: &Path) -> bool {
+    let Ok(rest) = path.strip_prefix(root) else { return false };
+    let mut depth = 0i32;
+    rest.components().all(|part| {
+        match part {
+            Component::ParentDir => depth -= 1,
+            Component::Normal(_) => depth += 1,
+            _ => {}
+        }
+        depth >= 0
+    })
 }

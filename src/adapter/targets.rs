@@ -102,7 +102,11 @@ impl<'a> Targets<'a> {
         };
         let excluded = Names::read(keys, "exclude_modules");
         let layers = layer_list(keys);
-        let patterns = keys.strings("layers_pattern").filter(|patterns| !patterns.is_empty());
+        // An empty string is as none, as PEFT has it.
+        let patterns = keys
+            .strings("layers_pattern")
+            .map(|all| all.into_iter().filter(|pattern| !pattern.is_empty()).collect::<Vec<_>>());
+        let patterns = patterns.filter(|patterns| !patterns.is_empty());
         let listed = matches!(chosen, Names::List(_));
         if (layers.is_some() || patterns.is_some()) && !listed {
             let why = "cannot be given when target_modules is a string";

@@ -6,12 +6,13 @@ use super::fields::{Fields, missing};
 use super::http::App;
 use super::listing::{adapter_entry, task_entry};
 use super::respond::json;
-use crate::adapter::registry::{Registry, Wanted, confined};
+use crate::adapter::registry::{Wanted, confined};
 use crate::error::{Error, Kind, Result};
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
+use serde_json::{Value, json as value};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,12 +59,15 @@ pub async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
     let expected_generation = fields.take("expected_generation")?;
     let pinned = fields.take("pinned")?.unwrap_or(false);
     check_base(&mut fields, &app)?;
+    if fields.take("is_3d_lora_weight")? == Some(true) {
+        let message = "is_3d_lora_weight is for models that are not served here";
+        return Err(Error::invalid("is_3d_lora_weight", message));
+    }
     fields.finish()?;
-    app.service.catalog().check_no_task(&name)?;
-    let registry = registry(&app)?;
     let load = move || {
         let path = confined(&admin.root, &path)?;
-        registry.load(&Wanted { name, path, in_place, expected_generation, pinned })
+        let wanted = Wanted { name, path, in_place, expected_generation, pinned };
+        app.service.catalog().load_adapter(&wanted)
     };
     // It reads files and packs weights, which no socket should wait for.
     let loaded = tokio::task::spawn_blocking(load).await;
@@ -84,13 +88,18 @@ pub async fn unload(
     // vLLM's own number of an adapter, which means nothing here.
     fields.take_value("lora_int_id");
     fields.finish()?;
-    if let Some(task) = app.service.catalog().user_of(&name) {
-        let message = format!("task {} needs the adapter {name}", task.name);
-        return Err(Error::new(Kind::Conflict, message).with_code("lora_adapter_in_use"));
-    }
-    let info = registry(&app)?.unload(&name, expected_generation)?;
+    let info = app.service.catalog().unload_adapter(&name, expected_generation)?;
     tracing::info!(adapter = info.name, generation = info.generation, "adapter unloaded");
     Ok(json(StatusCode::OK, adapter_entry(&info).to_string().into_bytes()))
+}
+
+/// `GET /v1/adapters`: those that are loaded, with their generations.
+pub async fn list(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response> {
+    enabled(&app)?.check(&headers)?;
+    let adapters = app.service.catalog().adapters().map_or_else(Vec::new, |all| all.list());
+    let data: Vec<Value> = adapters.iter().map(adapter_entry).collect();
+    let body = value!({"object": "list", "data": data});
+    Ok(json(StatusCode::OK, body.to_string().into_bytes()))
 }
 
 /// `POST /v1/tasks`: `{"name", "toml"}`, the text of a task file.
@@ -122,9 +131,9 @@ async fn authorised(app: &App, headers: &HeaderMap, body: Body) -> Result<(Field
     Ok((json_fields(headers, &body)?, admin.clone()))
 }
 
-fn registry(app: &App) -> Result<Arc<Registry>> {
-    let registry = app.service.catalog().adapters().cloned();
-    registry.ok_or_else(|| Error::new(Kind::Forbidden, "this server has no adapters"))
+fn enabled(app: &App) -> Result<&Admin> {
+    let message = "administration is off; the server was started without --enable-adapter-admin";
+    app.admin.as_ref().ok_or_else(|| Error::new(Kind::Forbidden, message))
 }
 
 /// `base_model_name` may be said, if it is what is served.

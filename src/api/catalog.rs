@@ -1,7 +1,7 @@
 //! What a request's `model` can name: tasks, the bundle itself, adapters. Tasks and adapters may come
 //! while requests run, so a request takes hold of what it needs when it is admitted, and keeps it.
 
-use crate::adapter::registry::{Chosen, Registry};
+use crate::adapter::registry::{Chosen, Info, Registry, Wanted};
 use crate::engine::EngineHandle;
 use crate::error::{Error, Kind, Result};
 use crate::metrics::Metrics;
@@ -36,15 +36,15 @@ pub struct Target {
 pub struct Catalog {
     listing: RwLock<Arc<Listing>>,
     adapters: Option<Arc<Registry>>,
-    /// Held while a task is added.
-    adding: Mutex<()>,
+    /// Held while a name is given or taken away, so that none is given twice.
+    naming: Mutex<()>,
 }
 
 impl Catalog {
     /// A catalog of these tasks and, where the model can have some, adapters.
     pub fn new(tasks: TaskTable, prompts: Prompts, adapters: Option<Arc<Registry>>) -> Self {
         let listing = Listing { tasks, prompts: Arc::new(prompts) };
-        Self { listing: RwLock::new(Arc::new(listing)), adapters, adding: Mutex::new(()) }
+        Self { listing: RwLock::new(Arc::new(listing)), adapters, naming: Mutex::new(()) }
     }
 
     /// The tasks as they are now.
@@ -136,24 +136,57 @@ impl Catalog {
         engine: &EngineHandle,
         metrics: &Metrics,
     ) -> Result<Arc<Task>> {
-        let _adding = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
         let now = self.listing();
         self.check_new(name, &now)?;
         let task = Task::parse(name, text).map_err(faulty)?;
+        let tasks = now.tasks.with(task);
+        let task = tasks.find(name).expect("it was just added").clone();
+        let mut prompts = Prompts::clone(&now.prompts);
+        prompts.add(&task).map_err(faulty)?;
+        // From here on only a missing adapter or an ended engine can be in the way.
         if let Some(adapter) = &task.adapter
             && !self.adapters.as_ref().is_some_and(|adapters| adapters.pin(adapter))
         {
             let message = format!("adapter {adapter:?} is not loaded; see /v1/adapters");
             return Err(Error::invalid("toml", message));
         }
-        let tasks = now.tasks.with(task);
-        let task = tasks.find(name).expect("it was just added").clone();
-        let mut prompts = Prompts::clone(&now.prompts);
-        prompts.add(&task).map_err(faulty)?;
         engine.add_task(&task.slo, metrics.add_task(name))?;
         let listing = Listing { tasks, prompts: Arc::new(prompts) };
         *self.listing.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(listing);
         Ok(task)
+    }
+
+    /// Reads an adapter and makes it known. Blocks while it reads.
+    ///
+    /// # Errors
+    /// Those of [`Registry::load`]; `Conflict` if a task or the bundle has the name.
+    pub fn load_adapter(&self, wanted: &Wanted) -> Result<Info> {
+        let registry = self.registry()?;
+        self.check_no_task(&wanted.name)?;
+        let loaded = registry.read(wanted)?;
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_no_task(&wanted.name)?;
+        registry.admit(wanted, loaded)
+    }
+
+    /// Forgets an adapter that no task needs.
+    ///
+    /// # Errors
+    /// Those of [`Registry::unload`]; `Conflict` if a task needs it.
+    pub fn unload_adapter(&self, name: &str, expected_generation: Option<u64>) -> Result<Info> {
+        let _naming = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = self.listing().tasks.iter().find(|t| t.adapter.as_deref() == Some(name))
+        {
+            let message = format!("task {} needs the adapter {name}", task.name);
+            return Err(Error::new(Kind::Conflict, message).with_code("lora_adapter_in_use"));
+        }
+        self.registry()?.unload(name, expected_generation)
+    }
+
+    fn registry(&self) -> Result<&Arc<Registry>> {
+        let none = || Error::new(Kind::Forbidden, "this server has no adapters");
+        self.adapters.as_ref().ok_or_else(none)
     }
 
     fn check_new(&self, name: &str, now: &Listing) -> Result<()> {
@@ -165,23 +198,17 @@ impl Catalog {
     }
 
     /// Refuses a name that a task, the bundle or an adapter has.
-    pub fn check_free(&self, name: &str) -> Result<()> {
+    fn check_free(&self, name: &str) -> Result<()> {
         let adapter = self.adapters.as_ref().is_some_and(|adapters| adapters.contains(name));
         if adapter { Err(taken(name, "an adapter")) } else { self.check_no_task(name) }
     }
 
     /// Refuses a name that a task or the bundle has.
-    pub fn check_no_task(&self, name: &str) -> Result<()> {
+    fn check_no_task(&self, name: &str) -> Result<()> {
         match self.listing().tasks.find(name) {
             Some(_) => Err(taken(name, "a task or the bundle")),
             None => Ok(()),
         }
-    }
-
-    /// The task that needs this adapter, if any does.
-    pub fn user_of(&self, adapter: &str) -> Option<Arc<Task>> {
-        let listing = self.listing();
-        listing.tasks.iter().find(|task| task.adapter.as_deref() == Some(adapter)).cloned()
     }
 }
 

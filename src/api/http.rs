@@ -91,7 +91,7 @@ impl App {
             .route("/v1/models", get(listing::models))
             .route("/v1/models/{id}", get(listing::model))
             .route("/v1/tasks", get(listing::tasks).post(admin::add_task))
-            .route("/v1/adapters", get(listing::adapters))
+            .route("/v1/adapters", get(admin::list))
             .route("/v1/load_lora_adapter", post(admin::load))
             .route("/v1/unload_lora_adapter", post(admin::unload))
             .route("/v1/tasks/{task}/generate", post(generate))

@@ -52,12 +52,6 @@ pub fn task_entry(task: &Task) -> Value {
     })
 }
 
-/// `GET /v1/adapters`.
-pub async fn adapters(State(app): State<Arc<App>>) -> Response {
-    let data: Vec<Value> = adapters_of(&app).iter().map(adapter_entry).collect();
-    reply(&value!({"object": "list", "data": data}))
-}
-
 /// An adapter as it is listed.
 pub fn adapter_entry(info: &Info) -> Value {
     value!({

@@ -10,6 +10,9 @@ use std::path::Path;
 /// Where they are, in the bundle.
 pub const FOLDER: &str = "adapters";
 
+/// Who serves them says what they may cost.
+const ANY: Limits = Limits { max_rank: 1 << 12, max_bytes: 1 << 40 };
+
 /// Reads all of them for a base model of this shape; and what is wrong with the others.
 pub fn read(bundle: &Path, shape: &Shape) -> (BTreeMap<String, Loaded>, Vec<String>) {
     let mut found = BTreeMap::new();
@@ -25,7 +28,7 @@ pub fn read(bundle: &Path, shape: &Shape) -> (BTreeMap<String, Loaded>, Vec<Stri
             continue;
         }
         let dir = bundle.join(FOLDER).join(&name);
-        match adapter::load(&dir, shape, &Limits::default()) {
+        match adapter::load(&dir, shape, &ANY) {
             Ok(loaded) => drop(found.insert(name, loaded)),
             Err(more) => {
                 faults.extend(more.0.iter().map(|fault| format!("{FOLDER}/{name}/{fault}")));
@@ -58,14 +61,15 @@ pub fn clashes(bundle: &Path, tasks: &TaskTable) -> Vec<String> {
     faults
 }
 
-/// What stands in the folder, but for hidden files; nothing if there is no such folder.
+/// The folders in it, but for hidden ones; nothing if there is no such folder.
 fn names(bundle: &Path) -> Result<BTreeSet<String>, String> {
     let folder = bundle.join(FOLDER);
     if !folder.exists() {
         return Ok(BTreeSet::new());
     }
-    let name = |entry: DirEntry| entry.file_name().to_string_lossy().into_owned();
-    let entries = fs::read_dir(folder).and_then(|entries| entries.map(|e| e.map(name)).collect());
-    let names: BTreeSet<String> = entries.map_err(|e| format!("{FOLDER}: {e}"))?;
-    Ok(names.into_iter().filter(|name| !name.starts_with('.')).collect())
+    let entries = fs::read_dir(folder).and_then(Iterator::collect::<Result<Vec<DirEntry>, _>>);
+    let entries = entries.map_err(|e| format!("{FOLDER}: {e}"))?;
+    let folders = entries.iter().filter(|entry| entry.path().is_dir());
+    let names = folders.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    Ok(names.filter(|name| !name.starts_with('.')).collect())
 }

@@ -4,7 +4,7 @@ use super::{Outcome, set_threads};
 use anyhow::{Context, Result, anyhow, bail};
 use shoal::adapter::registry::{Bounds, Registry, Wanted};
 use shoal::api::{self, Admin, App, Ended, Limits, Service};
-use shoal::bundle::Bundle;
+use shoal::bundle::{Bundle, check_all};
 use shoal::config::{LogFormat, Serve};
 use shoal::engine::{EngineHandle, Settings, State};
 use shoal::metrics::Metrics;
@@ -52,7 +52,11 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
     let announcement = announcement(args, &bundle, address);
     let dtype = bundle.held_as(args.compute.dtype);
     let end_of_text = bundle.end_of_text();
-    let root = args.adapters.adapter_root.clone().unwrap_or_else(|| args.bundle.join("adapters"));
+    let root = args.adapters.adapter_root.clone();
+    if let Some(missing) = root.as_ref().filter(|root| !root.is_dir()) {
+        bail!("--adapter-root {}: no such folder", missing.display());
+    }
+    let root = root.unwrap_or_else(|| args.bundle.join("adapters"));
     let admin = admin_key.map(|key| Admin::new(&key, root));
     let service = Service::new(
         bundle.tasks,
@@ -95,6 +99,7 @@ fn adapters(args: &Serve, bundle: &mut Bundle, metrics: &Arc<Metrics>) -> Result
         max_bytes: options.max_adapter_bytes,
     };
     let registry = bundle.registry(args.compute.dtype, bounds, metrics.clone())?;
+    let mut names: Vec<String> = registry.list().into_iter().map(|info| info.name).collect();
     for (name, path) in &options.extra {
         if bundle.tasks.find(name).is_some() {
             bail!("--adapter {name}: this is the name of a task or the bundle");
@@ -102,7 +107,9 @@ fn adapters(args: &Serve, bundle: &mut Bundle, metrics: &Arc<Metrics>) -> Result
         registry
             .load(&Wanted::new(name, path))
             .map_err(|e| anyhow!("--adapter {name}={}: {e}", path.display()))?;
+        names.push(name.clone());
     }
+    check_all(&registry, &names)?;
     Ok(Arc::new(registry))
 }
 

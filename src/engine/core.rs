@@ -67,7 +67,8 @@ impl<R: Runner> Core<R> {
         let experts = runner.experts();
         Self {
             experts: experts.map(|experts| ExpertMeter::new(experts, metrics.clone())),
-            task_metrics: metrics.all_tasks(),
+            // Those that came while the model was loading are announced by commands.
+            task_metrics: metrics.all_tasks().into_iter().take(limits.tasks.len()).collect(),
             runner,
             scheduler: Scheduler::new(limits, pool),
             vocab: capacity.vocab,

@@ -145,8 +145,13 @@ impl Content for Body {
     }
 
     fn skippable(&self) -> usize {
-        // A position that is to be scored must run.
-        if self.job.score_prompt.is_some() { self.scored } else { self.job.tokens.len() }
+        match &self.job {
+            // A position that is to be scored must run.
+            Job { score_prompt: Some(_), .. } => self.scored,
+            // Whoever asks where its rows went wants to hear of all of them.
+            Job { report_experts: true, .. } => 0,
+            job => job.tokens.len(),
+        }
     }
 }
 

@@ -29,12 +29,19 @@ pub struct Intents {
 }
 
 /// Reads the held-out intents of `bundle` (or, if not `held_out`, the trained ones). The files are those
-/// that its `train.toml` trains tasks on, below `data` or in the bundle's own `data/`.
-pub fn read(bundle: &Path, data: Option<&Path>, held_out: bool) -> Result<Intents> {
+/// that its `train.toml` trains tasks on (of these the ones that it calls `set`), below `data` or in the
+/// bundle's own `data/`.
+pub fn read(
+    bundle: &Path,
+    data: Option<&Path>,
+    set: Option<&str>,
+    held_out: bool,
+) -> Result<Intents> {
     let recipe = Recipe::load(&bundle.join("train.toml"))?;
     let controlled =
         recipe.stages.iter().flat_map(|s| &s.mix).filter(|p| p.form == Form::Controlled);
-    let names: BTreeSet<&str> = controlled.map(|p| p.data.as_str()).collect();
+    let names = controlled.map(|p| p.data.as_str());
+    let names: BTreeSet<&str> = names.filter(|name| set.is_none_or(|set| set == *name)).collect();
     let own = bundle.join("data");
     let mut by_task: BTreeMap<String, Vec<Intent>> = BTreeMap::new();
     for file in recipe.data.iter().filter(|d| names.contains(d.name.as_str())) {
@@ -57,7 +64,11 @@ pub fn read(bundle: &Path, data: Option<&Path>, held_out: bool) -> Result<Intent
         let name = bundle.display();
         bail!("found no intents of {name} to measure on; --data DIR says where its data files are");
     }
-    by_task.values_mut().for_each(|list| list.sort_by_key(|intent| intent.hash));
+    for list in by_task.values_mut() {
+        list.sort_by_key(|intent| intent.hash);
+        // A stage may have read the beginning of a file under a name of its own.
+        list.dedup();
+    }
     Ok(Intents { by_task, held_out_fraction: recipe.held_out.fraction })
 }
 

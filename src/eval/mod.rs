@@ -47,6 +47,9 @@ pub struct Args {
     /// Which intents to measure on
     #[arg(long, value_enum, default_value = "held-out")]
     pub split: Split,
+    /// Measure on these data only, of those that the bundle's train.toml names [default: all with intents]
+    #[arg(long, value_name = "NAME")]
+    pub set: Option<String>,
     /// Folder of the data files that the bundle's train.toml names [default: the bundle's data/]
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
@@ -91,7 +94,8 @@ pub fn measure(args: &Args) -> Result<Report> {
     ensure!(args.lengths > 0, "--lengths must be above 0");
     ensure!(args.intents != Some(0), "--intents must be above 0");
     let held_out = args.split == Split::HeldOut;
-    let intents = intents::read(&args.bundle, args.data.as_deref(), held_out)?;
+    let (data, set) = (args.data.as_deref(), args.set.as_deref());
+    let intents = intents::read(&args.bundle, data, set, held_out)?;
     let model = Model::load(&args.bundle)?;
     let (mut rows, mut samples, mut all) = (Vec::new(), Vec::new(), Measured::default());
     for (name, list) in &intents.by_task {

@@ -137,7 +137,7 @@ fn a_fresh_model_is_measured_from_end_to_end() {
 fn the_two_sides_of_the_split_share_nothing() {
     let dir = bundle();
     let side = |held_out| {
-        let list = intents::read(dir.path(), None, held_out).unwrap().by_task.remove("image");
+        let list = intents::read(dir.path(), None, None, held_out).unwrap().by_task.remove("image");
         list.unwrap().into_iter().map(|i| i.text).collect::<Vec<_>>()
     };
     let (held_out, trained) = (side(true), side(false));
@@ -154,10 +154,10 @@ fn other_data_than_the_recipe_names_is_refused() {
     let path = dir.path().join("data/image.jsonl");
     let more = fs::read_to_string(&path).unwrap() + "\n";
     fs::write(&path, more).unwrap();
-    let fault = intents::read(dir.path(), None, true).unwrap_err().to_string();
+    let fault = intents::read(dir.path(), None, None, true).unwrap_err().to_string();
     assert!(fault.ends_with("is not the file that train.toml names"), "{fault}");
     fs::remove_file(&path).unwrap();
-    let fault = intents::read(dir.path(), None, true).unwrap_err().to_string();
+    let fault = intents::read(dir.path(), None, None, true).unwrap_err().to_string();
     assert!(fault.contains("--data DIR"), "{fault}");
 }
 

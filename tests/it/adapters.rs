@@ -84,6 +84,13 @@ async fn load(server: &Server, name: &str, path: &str) -> Value {
     reply.json()
 }
 
+/// The names of the adapters that are loaded.
+async fn listed(server: &Server) -> Vec<String> {
+    let reply = server.client.get_with("/v1/adapters", &[AUTHORISED]).await.json();
+    let names = reply["data"].as_array().unwrap().iter();
+    names.map(|adapter| adapter["id"].as_str().unwrap().to_owned()).collect()
+}
+
 /// The reference's entries for one adapter, or `base`.
 fn prompts(tag: &str) -> Vec<Value> {
     let text = fs::read_to_string(goldens().join("reference.json")).unwrap();
@@ -241,8 +248,10 @@ async fn only_the_holder_of_the_key_may_change_anything() {
             assert_eq!(reply.status, 401, "{path} {headers:?}");
         }
     }
-    assert_eq!(server.client.get("/v1/adapters").await.json()["data"], json!([]));
+    assert_eq!(server.client.get("/v1/adapters").await.status, 401);
+    assert_eq!(listed(&server).await, [""; 0]);
     let closed = Server::usual().await;
+    assert_eq!(closed.client.get("/v1/adapters").await.status, 403);
     for path in [LOAD, UNLOAD, "/v1/tasks"] {
         assert_eq!(closed.client.post_with(path, &[AUTHORISED], &body).await.status, 403);
     }
@@ -334,20 +343,20 @@ async fn what_was_not_used_for_longest_makes_room_unless_it_is_pinned() {
     assert_eq!(admin(&server, LOAD, pinned).await.status, 200);
     load(&server, "second", "lora-attn").await;
     load(&server, "third", "lora-attn").await;
-    let names = async || {
-        let listed = server.client.get("/v1/adapters").await.json();
-        let names = listed["data"].as_array().unwrap().iter();
-        names.map(|a| a["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
-    };
-    assert_eq!(names().await, ["first", "third"]);
+    assert_eq!(listed(&server).await, ["first", "third"]);
     assert_eq!(server.metric("shoal_adapter_evictions_total").await, 1.0);
     let pinned = json!({"lora_name": "third", "lora_path": "lora-all", "pinned": true,
         "load_inplace": true});
     assert_eq!(admin(&server, LOAD, pinned).await.status, 200);
+    // Replaced without a word on pins, it stays pinned.
+    let replaced = json!({"lora_name": "third", "lora_path": "lora-attn", "load_inplace": true});
+    assert_eq!(admin(&server, LOAD, replaced).await.json()["pinned"], true);
     let one_more = json!({"lora_name": "fourth", "lora_path": "lora-all"});
     let refused = admin(&server, LOAD, one_more).await;
     assert_eq!((refused.status, refused.error().3.as_deref()), (409, Some("lora_limit_exceeded")));
-    assert_eq!(names().await, ["first", "third"]);
+    assert_eq!(listed(&server).await, ["first", "third"]);
+    assert_eq!(server.metric("shoal_adapters_resident").await, 2.0);
+    assert_eq!(server.metric("shoal_adapter_loads_total{outcome=\"error\"}").await, 1.0);
 }
 
 #[tokio::test]

@@ -32,7 +32,7 @@ const ROOMS: &[Room] = &[
     room("lib", &["*"], false),
     room("main", &["*"], true),
     room("cli", &["*"], true),
-    room("bench", &["*"], false),
+    room("bench", &["*"], true),
     room("eval", &["*"], true),
     room("bundle", &["*"], true),
     room("api", &["engine", "text", "adapter::registry"], false),

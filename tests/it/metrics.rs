@@ -6,7 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Every family of `/metrics` with its type. A name that changes here breaks somebody's dashboard.
-const FAMILIES: [(&str, &str); 24] = [
+const FAMILIES: [(&str, &str); 27] = [
+    ("shoal_prefix_cache_hits_tokens_total", "counter"),
+    ("shoal_prefix_cache_queries_tokens_total", "counter"),
+    ("shoal_task_rows_total", "counter"),
     ("shoal_backlog_seconds", "gauge"),
     ("shoal_batch_size", "histogram"),
     ("shoal_build_info", "gauge"),

@@ -164,6 +164,29 @@ fn a_task_may_come_while_others_run() {
 }
 
 #[test]
+fn a_task_that_comes_while_the_model_loads_is_counted_under_its_own_name() {
+    let table = tasks([Slo::default()]);
+    let metrics = Arc::new(Metrics::new(&table.names()));
+    let (load, may_load) = std::sync::mpsc::channel::<()>();
+    let build = move || {
+        may_load.recv()?;
+        Ok(FakeRunner::small())
+    };
+    let (handle, thread) = start(build, &table, Settings::default(), metrics.clone());
+    handle.add_task(&Slo::default(), metrics.add_task("early")).unwrap();
+    load.send(()).unwrap();
+    wait_until_loaded(&handle);
+    handle.add_task(&Slo::default(), metrics.add_task("late")).unwrap();
+    for task in [1, 2, 2] {
+        listen(handle.submit(Job { task: TaskId(task), ..job([1, 2], 1) }).unwrap());
+    }
+    let rows = |task| metrics.task(TaskId(task)).rows.get();
+    assert_eq!([rows(0), rows(1), rows(2)], [0, 2, 4]);
+    handle.drain();
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_runner_that_cannot_be_made_is_a_failed_engine() {
     fn build_fails(build: impl FnOnce() -> Result<FakeRunner, StepError> + Send + 'static) {
         let table = tasks([Slo::default()]);

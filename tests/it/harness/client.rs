@@ -118,7 +118,11 @@ pub struct Client(pub SocketAddr);
 
 impl Client {
     pub async fn get(&self, path: &str) -> Reply {
-        self.whole(self.send(Method::GET, path, &[], Bytes::new()).await).await
+        self.get_with(path, &[]).await
+    }
+
+    pub async fn get_with(&self, path: &str, headers: &[(&str, &str)]) -> Reply {
+        self.whole(self.send(Method::GET, path, headers, Bytes::new()).await).await
     }
 
     pub async fn post(&self, path: &str, body: &Value) -> Reply {
