@@ -6,7 +6,7 @@
 mod cli;
 
 use clap::{CommandFactory, FromArgMatches, Parser};
-use cli::{Outcome, check, generate, serve};
+use cli::{Outcome, check, generate, inspect, serve};
 use shoal::config::{self, Stop};
 use shoal::{bench, eval, train};
 use std::ffi::OsString;
@@ -30,6 +30,8 @@ enum Cli {
     Train(train::TrainArgs),
     /// Say what a bundle is, and everything that is wrong with it
     Check(check::Check),
+    /// Show which experts and adapters work for which task
+    Inspect(inspect::Inspect),
     /// Measure what a bundle is worth
     Eval(eval::Args),
     /// Measure a server under load
@@ -73,6 +75,7 @@ fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Cli::Generate(args) => generate::run(&args),
         Cli::Train(args) => train::run_cli(args).map(|()| Outcome::Done),
         Cli::Check(args) => check::run(&args),
+        Cli::Inspect(args) => inspect::run(&args),
         Cli::Eval(args) => eval::run(&args).map(|_| Outcome::Done),
         Cli::Bench(args) if args.make.make_bundle.is_some() => {
             bench::bundle::make(&args.make)?;

@@ -55,6 +55,9 @@ pub struct Loaded {
     pub bytes: usize,
     /// The tasks that a mixture knows; empty for others.
     pub tasks: Vec<String>,
+    /// `[tasks + 1, experts]`: how much each expert of a mixture counts, a mean over the layers that it
+    /// changes; the last row is for every other task. Empty for other adapters.
+    pub mixture: Vec<Vec<f64>>,
     /// One per task, and one for every other.
     deltas: Vec<Arc<Deltas>>,
 }
@@ -62,13 +65,19 @@ pub struct Loaded {
 impl Loaded {
     pub(super) fn lora(deltas: Deltas, rank: usize, bytes: usize) -> Self {
         let deltas = vec![Arc::new(deltas)];
-        Self { kind: Kind::Lora, rank, bytes, tasks: Vec::new(), deltas }
+        Self { kind: Kind::Lora, rank, bytes, tasks: Vec::new(), mixture: Vec::new(), deltas }
     }
 
-    /// `deltas` has one more entry than there are tasks.
-    pub(super) fn mta(deltas: Vec<Deltas>, tasks: Vec<String>, rank: usize, bytes: usize) -> Self {
+    /// `folded` has, for each task and then for every other, what it adds and [`Loaded::mixture`].
+    pub(super) fn mta(
+        folded: Vec<(Deltas, Vec<f64>)>,
+        tasks: Vec<String>,
+        rank: usize,
+        bytes: usize,
+    ) -> Self {
+        let (deltas, mixture): (Vec<Deltas>, _) = folded.into_iter().unzip();
         let deltas = deltas.into_iter().map(Arc::new).collect();
-        Self { kind: Kind::Mta, rank, bytes, tasks, deltas }
+        Self { kind: Kind::Mta, rank, bytes, tasks, mixture, deltas }
     }
 
     /// What it adds for a task; a name that a mixture does not know is as none.

@@ -78,29 +78,32 @@ impl Mta {
 
     /// Reads and folds its tensors, which were found to be there.
     pub fn load(&self, tensors: &Tensors<'_>, shape: &Shape) -> (Loaded, Vec<String>) {
-        let mut deltas: Vec<Deltas> = (0..=self.tasks.len()).map(|_| Deltas::new(shape)).collect();
+        let empty = || (Deltas::new(shape), vec![0.0; self.experts]);
+        let mut all: Vec<(Deltas, Vec<f64>)> = (0..=self.tasks.len()).map(|_| empty()).collect();
         let mut faults = Vec::new();
         for &site in &self.sites {
             match self.fold(tensors, site, shape) {
                 Ok(folded) => {
-                    for (deltas, change) in deltas.iter_mut().zip(folded) {
+                    for ((deltas, means), (change, shares)) in all.iter_mut().zip(folded) {
                         faults.extend(deltas.set(site.0, site.1, change).err());
+                        let parts = shares.iter().map(|share| share / self.sites.len() as f64);
+                        means.iter_mut().zip(parts).for_each(|(mean, part)| *mean += part);
                     }
                 }
                 Err(found) => faults.extend(found),
             }
         }
         let (rank, bytes) = (self.rank(), self.bytes(shape));
-        (Loaded::mta(deltas, self.tasks.clone(), rank, bytes), faults)
+        (Loaded::mta(all, self.tasks.clone(), rank, bytes), faults)
     }
 
-    /// One layer for each task, and for none.
+    /// One layer for each task, and for none: the product, and the experts' shares in it.
     fn fold(
         &self,
         tensors: &Tensors<'_>,
         site: (usize, Module),
         shape: &Shape,
-    ) -> Result<Vec<LowRank>, Vec<String>> {
+    ) -> Result<Vec<(LowRank, Vec<f64>)>, Vec<String>> {
         let mut faults = Vec::new();
         let mut read = |name: String, scale| {
             tensors.read(&name, scale).map_err(|fault| faults.push(fault)).ok()
@@ -111,17 +114,17 @@ impl Mta {
         let b: Option<Vec<Tensor>> =
             (0..self.experts).map(|e| read(self.part(site, "mta_B", e), self.scale)).collect();
         let (Some(gate), Some(a), Some(b)) = (gate, a, b) else { return Err(faults) };
-        let fold = || -> CandleResult<Vec<LowRank>> {
+        let fold = || -> CandleResult<Vec<(LowRank, Vec<f64>)>> {
             let precision = shape.precision;
             let a = Arc::new(PackedMatrix::from_out_in(&Tensor::cat(&a, 0)?, precision)?);
             let gate = gate.to_dtype(DType::F64)?.to_vec2()?;
             let rows = gate.iter().cloned().chain([mean(&gate)]);
             rows.map(|row| {
                 let shares = softmax(&row, self.tau);
-                let b = b.iter().zip(shares).map(|(b, share)| b * share);
+                let b = b.iter().zip(&shares).map(|(b, &share)| b * share);
                 let b = Tensor::cat(&b.collect::<CandleResult<Vec<_>>>()?, 1)?;
                 let b = Arc::new(PackedMatrix::from_out_in(&b, precision)?);
-                Ok(LowRank { a: a.clone(), b })
+                Ok((LowRank { a: a.clone(), b }, shares))
             })
             .collect()
         };

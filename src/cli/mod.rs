@@ -2,6 +2,8 @@
 
 pub mod check;
 pub mod generate;
+mod heatmap;
+pub mod inspect;
 pub mod serve;
 
 use anyhow::Result;

@@ -15,6 +15,8 @@ mod golden;
 mod harness;
 /// What holds for every route.
 mod http;
+/// Which experts and adapters work for which task.
+mod inspect;
 /// Who may import whom; `unsafe`, candle and long files.
 mod layout;
 /// Start, overload, deadlines, clients that leave, failing steps, drain.
