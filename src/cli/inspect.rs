@@ -23,9 +23,9 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What the columns behind shares mean.
+/// What stands behind a row of shares.
 const LEGEND: &str =
-    "entropy: over that of an even split; of all tasks it is the experts' balance\n";
+    "entropy is over ln E: 1 for an even split; of all tasks, the balance of the load\n";
 
 /// What `shoal inspect` can be told.
 #[derive(clap::Args, Clone, Debug)]
