@@ -98,7 +98,7 @@ pub fn make(args: &Make) -> Result<()> {
     for i in 0..args.adapters {
         let changes = random_changes(&dense, args, i as u64)?;
         let folder = dir.join("adapters").join(format!("adapter-{i}"));
-        adapter::save(&folder, &name, args.adapter_rank, &changes)?;
+        adapter::save(&folder, &name, args.adapter_rank, dense.layers, &changes)?;
     }
     println!("wrote {}", dir.display());
     Ok(())

@@ -60,7 +60,8 @@ pub fn run(recipe: &Recipe, out: &Path) -> Result<Summary> {
     let (best, after) = learner.train(recipe, &examples, before)?;
     let adapter = out.join("adapters").join(recipe.adapter_name());
     let base = recipe.base.file_name().unwrap_or_default().to_string_lossy();
-    save(&adapter, &base, recipe.adapter.rank, &changes(&best))?;
+    let layers = weights.spec().layers;
+    save(&adapter, &base, recipe.adapter.rank, layers, &changes(&best, layers))?;
     let task = out.join("tasks").join(format!("{}.toml", recipe.task));
     write_task(&task, recipe, &examples.layout)?;
     Ok(Summary { adapter, task, before, after })
@@ -206,17 +207,13 @@ fn variable(layer: usize, module: Module, part: &str) -> String {
     format!("transformer.h.{layer}.{}.lora_{part}.weight", module.name())
 }
 
-/// The variables as changes of linear layers.
-fn changes(values: &BTreeMap<String, Tensor>) -> BTreeMap<(usize, Module), Change> {
+/// The variables as changes of linear layers. A layer may have none.
+fn changes(values: &BTreeMap<String, Tensor>, layers: usize) -> BTreeMap<(usize, Module), Change> {
     let mut changes = BTreeMap::new();
-    for layer in 0.. {
-        let before = changes.len();
+    for layer in 0..layers {
         for module in Module::ALL {
             let get = |part| values.get(&variable(layer, module, part)).cloned();
             changes.extend(get("A").zip(get("B")).map(|change| ((layer, module), change)));
-        }
-        if changes.len() == before {
-            break;
         }
     }
     changes
@@ -225,7 +222,7 @@ fn changes(values: &BTreeMap<String, Tensor>) -> BTreeMap<(usize, Module), Chang
 fn variables(spec: &Spec, settings: &Settings) -> Vec<(String, Vec<usize>)> {
     let mut all = Vec::new();
     for layer in 0..spec.layers {
-        let experts = spec.moe.as_ref().is_some_and(|moe| moe.layers.contains(&layer));
+        let experts = spec.moe_of(layer).is_some();
         // Where experts are, there is no one feed-forward network to change.
         for module in settings.modules().into_iter().filter(|m| !(experts && m.is_mlp())) {
             let (inputs, outputs) = module.sizes(spec.width, spec.inner);
