@@ -74,6 +74,8 @@ struct Learner {
     ops: Ops,
     device: Device,
     batch_tokens: usize,
+    /// The task as the base's gates count it, if they know it: it is served by the same.
+    gate: Option<u32>,
 }
 
 impl Learner {
@@ -83,7 +85,10 @@ impl Learner {
         let decoder = Decoder::new(weights.spec(), weights.var_builder(&device), ops)?;
         let shapes = variables(weights.spec(), &recipe.adapter);
         let params = Params::from_tensors(&shapes, &initial(&shapes, recipe.seed)?, &device)?;
-        Ok(Self { decoder, params, ops, device, batch_tokens: recipe.adapter.batch_tokens })
+        let tasks = &weights.spec().tasks;
+        let gate = tasks.iter().position(|task| *task == recipe.task).map(|i| i as u32);
+        let batch_tokens = recipe.adapter.batch_tokens;
+        Ok(Self { decoder, params, ops, device, batch_tokens, gate })
     }
 
     fn loss(&self, batch: &Batch) -> Result<Tensor> {
@@ -91,7 +96,8 @@ impl Learner {
         let positions = Tensor::new(batch.positions.as_slice(), &self.device)?;
         let heads = self.decoder.spec().heads;
         let causal = CausalPacked { ops: self.ops, seq_starts: &batch.starts, heads };
-        let mut pass = Adapted { causal, params: &self.params };
+        let gates = vec![self.gate; batch.tokens.len()];
+        let mut pass = Adapted { causal, params: &self.params, gates };
         let hidden = self.decoder.hidden(&tokens, &positions, &mut pass)?;
         Ok(self.ops.cross_entropy(&hidden, self.decoder.head()?, &batch.targets)?)
     }
@@ -187,6 +193,7 @@ fn schedule(settings: &Settings, examples: &Examples) -> Stage {
 struct Adapted<'a> {
     causal: CausalPacked<'a>,
     params: &'a Params,
+    gates: Vec<Option<u32>>,
 }
 
 impl Pass for Adapted<'_> {
@@ -199,6 +206,11 @@ impl Pass for Adapted<'_> {
         let (Some(a), Some(b)) = (get("A"), get("B")) else { return Ok(y) };
         let ops = &self.causal.ops;
         ops.add(&y, &ops.linear(&ops.linear(x, a, None)?, b, None)?)
+    }
+
+    // Nothing is kept apart here: all rows are wanted.
+    fn gates(&self, _kept: bool) -> &[Option<u32>] {
+        &self.gates
     }
 }
 
