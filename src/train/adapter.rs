@@ -7,6 +7,7 @@
 
 mod examples;
 mod settings;
+mod target;
 
 pub use settings::{Recipe, Settings};
 
@@ -16,17 +17,16 @@ use super::objective::Sequence;
 use super::params::{Gradients, Params, learning_rate};
 use super::recipe::{Optimizer, Stage};
 use super::run::device;
-use super::{checkpoint::replace, signals};
-use crate::adapter::{Change, Module, save};
+use crate::adapter::{Change, Module};
 use crate::kernels::{Ops, Precision};
 use crate::model::{CausalPacked, Decoder, Pass, Site, Spec, Weights};
 use anyhow::{Result, ensure};
 use candle_core::{Device, Result as CandleResult, Tensor};
-use examples::{Examples, Layout};
+use examples::Examples;
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
+use target::Target;
 
 /// What a finished run says of itself.
 #[derive(Clone, Debug)]
@@ -41,34 +41,33 @@ pub struct Summary {
     pub after: Option<f64>,
 }
 
-/// Trains an adapter and writes it, with its task file, below `out`.
-pub fn run(recipe: &Recipe, out: &Path) -> Result<Summary> {
+/// Trains an adapter and writes it, with its task file, below `out`. Once `stop` is set it ends with an
+/// error and has written nothing.
+pub fn run(recipe: &Recipe, out: &Path, stop: &AtomicBool) -> Result<Summary> {
     recipe.check()?;
+    let target = Target::of(recipe, out)?;
     let weights = Weights::open(&recipe.base)?;
-    let examples = Examples::read(recipe, weights.spec())?;
-    let learner = Learner::new(recipe, &weights)?;
+    let spec = weights.spec();
+    let examples = Examples::read(recipe, spec)?;
+    let learner = Learner::new(recipe, &weights, stop)?;
     eprintln!(
         "{}: rank {}, {} parameters over {} frozen ones; {} examples, {} held out",
         recipe.task,
         recipe.adapter.rank,
         learner.params.count(),
-        weights.spec().parameters(),
+        spec.parameters(),
         examples.training.len(),
         examples.held_out.len()
     );
     let before = learner.evaluate(&examples.held_out)?;
     let (best, after) = learner.train(recipe, &examples, before)?;
-    let adapter = out.join("adapters").join(recipe.adapter_name());
-    let base = recipe.base.file_name().unwrap_or_default().to_string_lossy();
-    let layers = weights.spec().layers;
-    save(&adapter, &base, recipe.adapter.rank, layers, &changes(&best, layers))?;
-    let task = out.join("tasks").join(format!("{}.toml", recipe.task));
-    write_task(&task, recipe, &examples.layout)?;
-    Ok(Summary { adapter, task, before, after })
+    learner.go_on()?;
+    target.write(recipe, spec.layers, &changes(&best, spec.layers), &examples.layout)?;
+    Ok(Summary { adapter: target.adapter, task: target.task, before, after })
 }
 
 /// A frozen base and the variables of an adapter.
-struct Learner {
+struct Learner<'a> {
     decoder: Decoder,
     params: Params,
     ops: Ops,
@@ -76,22 +75,35 @@ struct Learner {
     batch_tokens: usize,
     /// The task as the base's gates count it, if they know it: it is served by the same.
     gate: Option<u32>,
+    stop: &'a AtomicBool,
 }
 
-impl Learner {
-    fn new(recipe: &Recipe, weights: &Weights) -> Result<Self> {
-        let device = device()?;
+impl<'a> Learner<'a> {
+    fn new(recipe: &Recipe, weights: &Weights, stop: &'a AtomicBool) -> Result<Self> {
+        let (device, spec) = (device()?, weights.spec());
         let ops = Ops::new(&device, Precision::Bf16);
-        let decoder = Decoder::new(weights.spec(), weights.var_builder(&device), ops)?;
-        let shapes = variables(weights.spec(), &recipe.adapter);
+        let decoder = Decoder::new(spec, weights.var_builder(&device), ops)?;
+        let shapes = variables(spec, &recipe.adapter);
+        ensure!(
+            !shapes.is_empty(),
+            "adapter.target_modules: the base has experts in place of all of them; allowed: {}, {}",
+            Module::Qkv.name(),
+            Module::AttnProj.name()
+        );
         let params = Params::from_tensors(&shapes, &initial(&shapes, recipe.seed)?, &device)?;
-        let tasks = &weights.spec().tasks;
-        let gate = tasks.iter().position(|task| *task == recipe.task).map(|i| i as u32);
+        let gate = spec.tasks.iter().position(|task| *task == recipe.task).map(|i| i as u32);
         let batch_tokens = recipe.adapter.batch_tokens;
-        Ok(Self { decoder, params, ops, device, batch_tokens, gate })
+        Ok(Self { decoder, params, ops, device, batch_tokens, gate, stop })
+    }
+
+    /// An error once it is to stop.
+    fn go_on(&self) -> Result<()> {
+        ensure!(!self.stop.load(Ordering::Relaxed), "stopped: nothing was written");
+        Ok(())
     }
 
     fn loss(&self, batch: &Batch) -> Result<Tensor> {
+        self.go_on()?;
         let tokens = Tensor::new(batch.tokens.as_slice(), &self.device)?;
         let positions = Tensor::new(batch.positions.as_slice(), &self.device)?;
         let heads = self.decoder.spec().heads;
@@ -123,6 +135,7 @@ impl Learner {
             loss += f64::from(mean.to_scalar::<f32>()?) * weight;
             learnt += weight;
         }
+        ensure!((loss / learnt).is_finite(), "the loss is not finite: the run diverged");
         // There is little to overfit that decay would help with, and zero is where B begins.
         let constants = Optimizer { weight_decay: 0.0, ..Optimizer::default() };
         self.params.step(&sums, &constants, lr, number)?;
@@ -137,7 +150,6 @@ impl Learner {
         examples: &Examples,
         before: Option<f64>,
     ) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
-        let stop = signals::watch()?;
         let schedule = schedule(&recipe.adapter, examples);
         let mut best = (self.copy()?, before);
         let mut number = 0;
@@ -149,7 +161,6 @@ impl Learner {
                     self.step(&sequences, learning_rate(&schedule, number), number as usize + 1)?;
                 number += 1;
                 steps += 1;
-                ensure!(!stop.load(Ordering::Relaxed), "stopped: nothing was written");
             }
             let held_out = self.evaluate(&examples.held_out)?;
             let shown = held_out.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.3}"));
@@ -259,22 +270,5 @@ fn initial(shapes: &[(String, Vec<usize>)], seed: u64) -> Result<BTreeMap<String
     Ok(tensors)
 }
 
-fn write_task(path: &Path, recipe: &Recipe, layout: &Layout) -> Result<()> {
-    if path.exists() {
-        // Whoever edited it wants to keep it.
-        eprintln!("{} is there already and stays as it is", path.display());
-        return Ok(());
-    }
-    fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-    let mut task = toml::Table::new();
-    task.insert("description".into(), recipe.description.clone().into());
-    task.insert("template".into(), layout.template().into());
-    task.insert("adapter".into(), recipe.adapter_name().into());
-    let mut text = task.to_string();
-    if layout.has_words() {
-        text += "\n# How long the text shall be, in words; without it the model chooses.\n\
-                 [controls.words]\nkind = \"integer\"\nrange = [3, 60]\ntoken = \"<|words:{}|>\"\n";
-    }
-    text += "\n[defaults]\ntemperature = 0.7\ntop_p = 0.9\nmax_tokens = 128\n";
-    replace(path, text.as_bytes())
-}
+#[cfg(test)]
+mod tests;

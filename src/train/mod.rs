@@ -116,8 +116,19 @@ impl TrainArgs {
 }
 
 fn train_adapter(args: &TrainArgs, recipe: &adapter::Recipe) -> Result<()> {
+    let of_model = [
+        ("--max-minutes", args.max_minutes.is_some()),
+        ("--accept-changed-recipe", args.accept_changed_recipe),
+        ("--export", args.export.is_some()),
+    ];
+    if let Some((flag, _)) = of_model.iter().find(|(_, given)| *given) {
+        bail!("{flag} is for a model: an adapter has no checkpoints");
+    }
+    let from_file = args.config.is_some() && args.data.is_some();
+    ensure!(!from_file, "--data goes with --task: the recipe of an adapter names its data itself");
     let out = args.out.as_ref().unwrap_or(&recipe.base);
-    let summary = adapter::run(recipe, out)?;
+    let stop = signals::watch("stopping: nothing is written")?;
+    let summary = adapter::run(recipe, out, &stop)?;
     if let (Some(before), Some(after)) = (summary.before, summary.after) {
         eprintln!("held-out loss {before:.3} before, {after:.3} with the adapter");
     }

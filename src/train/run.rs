@@ -166,7 +166,10 @@ pub fn run(job: &Job) -> Result<Outcome> {
     let total: u64 = recipe.stages.iter().map(|s| s.steps * s.batch_tokens as u64).sum();
     let mut report = Report::open(&job.out, position.total_steps, total)?;
     // Only now is there something to save; before, a signal may end the process at once.
-    let stop = if job.signals { signals::watch()? } else { Arc::default() };
+    let stop = match job.signals {
+        true => signals::watch("stopping with a checkpoint after this step")?,
+        false => Arc::default(),
+    };
     report.say(&format!(
         "{}: {} parameters, {} entries in the vocabulary, about {total} tokens, from step {}",
         recipe.name,

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// A flag that the first SIGINT or SIGTERM sets. From here on neither ends the process by itself.
-pub fn watch() -> Result<Arc<AtomicBool>> {
+/// A flag that the first SIGINT or SIGTERM sets, saying `answer` aloud. From here on neither ends the
+/// process by itself.
+pub fn watch(answer: &'static str) -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let seen = stop.clone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
@@ -20,7 +21,7 @@ pub fn watch() -> Result<Arc<AtomicBool>> {
             tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
         });
         seen.store(true, Ordering::Relaxed);
-        eprintln!("stopping with a checkpoint after this step");
+        eprintln!("{answer}");
     };
     let thread = thread::Builder::new().name("signals".to_owned()).spawn(body);
     thread.context("cannot watch for signals")?;

@@ -3,8 +3,9 @@
 
 use serde_json::json;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use tempfile::TempDir;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/gpt2-tiny");
@@ -105,6 +106,13 @@ fn what_cannot_be_trained_is_refused_before_anything_is_done() {
     assert!(with(&["--rank", "0"]).contains("adapter.rank is 0"));
     assert!(with(&["--learning-rate", "2"]).contains("adapter.learning_rate is 2"));
     assert!(with(&["--config", "x.toml"]).contains("say one of them"));
+    for flag in [&["--max-minutes", "1"][..], &["--export", "x"], &["--accept-changed-recipe"]] {
+        let error = with(flag);
+        assert!(error.contains(&format!("{} is for a model", flag[0])), "{error}");
+    }
+    let taken = dir.path().join("mine-lora");
+    let error = with(&["--out", taken.to_str().unwrap()]);
+    assert!(error.contains("mine-lora, which is the name of the bundle"), "{error}");
     let several = dir.path().join("several.jsonl");
     let rows = "{\"task\": \"a\", \"input\": \"i\", \"output\": \"o\"}\n\
                 {\"task\": \"b\", \"input\": \"i\", \"output\": \"o\"}\n";
@@ -113,4 +121,26 @@ fn what_cannot_be_trained_is_refused_before_anything_is_done() {
     let output = run(&["train", "--task", "mine", "--data", several, "--base", &base]);
     assert!(String::from_utf8(output.stderr).unwrap().contains("several others: a, b"));
     assert!(!Path::new(&base).join("tasks").exists());
+}
+
+#[test]
+fn a_signal_ends_the_training_of_an_adapter_with_nothing_written() {
+    let (_dir, base, data) = base();
+    let args = ["train", "--task", "mine", "--data", &data, "--base", &base, "--epochs", "1000"];
+    let mut training = Command::new(env!("CARGO_BIN_EXE_shoal"))
+        .args(args)
+        .env_clear()
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(training.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.contains("epoch 1 of 1000")));
+    let kill = Command::new("kill").args(["-TERM", &training.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let last = lines.last().unwrap();
+    assert!(last.contains("stopped: nothing was written"), "{last}");
+    assert_eq!(training.wait().unwrap().code(), Some(1));
+    assert!(
+        !Path::new(&base).join("adapters").exists() && !Path::new(&base).join("tasks").exists()
+    );
 }
