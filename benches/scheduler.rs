@@ -97,7 +97,7 @@ impl Runner for NoModel {
     }
 
     fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
-        let sampled = vec![Sampled { token: 7, logprob: None }; input.samples.len()];
+        let sampled = vec![Ok(Sampled { token: 7, logprob: None }); input.samples.len()];
         Ok(StepOutput { sampled, ..StepOutput::default() })
     }
 }

@@ -3,7 +3,8 @@
 //! One tick: take commands, drop what was cancelled or is late, plan, run the step, apply, send. It is
 //! synchronous, blocks only when there is nothing to do, and reads no clock but the one it is handed.
 //!
-//! A step that fails takes its own sequences with it and no others; three in a row end the engine.
+//! A row without an answer ends its own sequence and no other. A step that fails takes its own sequences
+//! with it and no others; three in a row end the engine.
 
 use super::experts::ExpertMeter;
 use super::handle::{Admitted, Command, Shared};
@@ -15,7 +16,7 @@ use super::{Event, Settings, blocks::BlockPool};
 use crate::error::{Error, Kind};
 use crate::ids::SeqId;
 use crate::metrics::{Metrics, TaskMetrics};
-use crate::model::step::{Routing, Runner, Sampled, StepError, StepInput, StepOutput};
+use crate::model::step::{Routing, RowError, Runner, Sampled, StepError, StepInput, StepOutput};
 use crate::request::{Finish, TokenLogprob};
 use crate::task::TaskTable;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -238,19 +239,29 @@ impl<R: Runner> Core<R> {
         let chunks = std::mem::take(&mut self.plan.chunks);
         self.take_routing(&chunks, &output.routing);
         for chunk in &chunks {
-            self.take_scores(chunk, &mut scored);
-            let seq = self.scheduler.seq(chunk.slot);
-            let token = if chunk.samples(seq) { sampled.next() } else { None };
-            self.scheduler.advance(chunk.slot, chunk.rows);
-            match token {
-                Some(token) => self.take_token(chunk, token, now),
-                None if self.scheduler.seq(chunk.slot).pending() == 0 => {
-                    self.finish(chunk.slot, Finish::Length, now);
+            let samples = chunk.samples(self.scheduler.seq(chunk.slot));
+            let token = if samples { sampled.next().transpose() } else { Ok(None) };
+            match self.take_scores(chunk, &mut scored).and(token) {
+                Ok(token) => self.take_rows(chunk, token, now),
+                Err(error) => {
+                    let body = self.scheduler.remove(chunk.slot).body;
+                    body.reply.end(Event::Failed(Error::internal("a row failed", error)));
                 }
-                None => {}
             }
         }
         self.plan.chunks = chunks;
+    }
+
+    /// Counts a chunk's rows as computed and takes the token that they may have given.
+    fn take_rows(&mut self, chunk: &Chunk, token: Option<Sampled>, now: Instant) {
+        self.scheduler.advance(chunk.slot, chunk.rows);
+        match token {
+            Some(token) => self.take_token(chunk, token, now),
+            None if self.scheduler.seq(chunk.slot).pending() == 0 => {
+                self.finish(chunk.slot, Finish::Length, now);
+            }
+            None => {}
+        }
     }
 
     /// Counts where the rows went, for the metrics and for those who asked.
@@ -268,14 +279,23 @@ impl<R: Runner> Core<R> {
     }
 
     /// Collects the scores of a chunk's prompt positions, and sends them when they are all there.
-    fn take_scores(&mut self, chunk: &Chunk, scored: &mut impl Iterator<Item = TokenLogprob>) {
+    fn take_scores(
+        &mut self,
+        chunk: &Chunk,
+        scored: &mut impl Iterator<Item = Result<TokenLogprob, RowError>>,
+    ) -> Result<(), RowError> {
         let body = &mut self.scheduler.seq_mut(chunk.slot).body;
         let new = body.positions_to_score(chunk.start, chunk.rows).len();
-        body.scores.extend(scored.take(new).map(Some));
+        // All of them, for those behind one that failed are not the next chunk's.
+        let scores: Vec<_> = scored.take(new).collect();
+        for score in scores {
+            body.scores.push(Some(score?));
+        }
         body.scored += new;
         if body.scores.len() == body.prompt_len {
             body.reply.send(Event::Prompt(std::mem::take(&mut body.scores)));
         }
+        Ok(())
     }
 
     fn take_token(&mut self, chunk: &Chunk, token: Sampled, now: Instant) {
@@ -365,9 +385,10 @@ fn check_output(input: &StepInput, output: &StepOutput, vocab: usize) -> Result<
         return Err(format!("the step gave (tokens, scores) {got:?} instead of {wanted:?}").into());
     }
     let reported = |l: &TokenLogprob| l.top.iter().map(|top| top.0).chain([l.token]).max();
-    let tokens = output.sampled.iter().map(|sampled| sampled.token);
-    let logprobs = output.sampled.iter().filter_map(|sampled| sampled.logprob.as_ref());
-    let known = tokens.chain(logprobs.chain(&output.scored).filter_map(reported));
+    let sampled = || output.sampled.iter().flatten();
+    let tokens = sampled().map(|sampled| sampled.token);
+    let logprobs = sampled().filter_map(|sampled| sampled.logprob.as_ref());
+    let known = tokens.chain(logprobs.chain(output.scored.iter().flatten()).filter_map(reported));
     match known.max() {
         Some(id) if id as usize >= vocab => {
             Err(format!("the step gave token {id}, which is not below {vocab}").into())

@@ -4,11 +4,12 @@
 //! Its "KV cache" holds the tokens themselves and what adapters and gate wrote them, in the blocks that the
 //! step names, and its next token is a pure function of what it reads back from there. So a wrong block, a
 //! skipped row or a stale position changes the text, just as it would with a real model, and
-//! [`FakeRunner::alone`] says what it should be. What other adapters left behind is an error.
+//! [`FakeRunner::alone`] says what it should be. What other adapters left behind fails the row.
 
 use super::prefix::Variant;
 use crate::model::step::{
-    Capacity, Runner, SampleRow, Sampled, ScoreRow, Slice, StepError, StepInput, StepOutput,
+    Capacity, RowError, Runner, SampleRow, Sampled, ScoreRow, Slice, StepError, StepInput,
+    StepOutput,
 };
 use crate::request::TokenLogprob;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,6 +19,9 @@ pub type Hook = Box<dyn FnMut(usize, &StepInput) -> Result<(), StepError> + Send
 /// The model: a sequence's tokens so far to its next one.
 pub type Model = Box<dyn Fn(&[u32]) -> u32 + Send>;
 
+/// Which rows fail, by their sequence's tokens so far.
+pub type Faulty = Box<dyn Fn(&[u32]) -> bool + Send>;
+
 /// A deterministic pretend model.
 pub struct FakeRunner {
     capacity: Capacity,
@@ -25,6 +29,7 @@ pub struct FakeRunner {
     cache: Vec<Option<(u32, u32, Variant)>>,
     model: Model,
     hooks: Vec<Hook>,
+    faulty: Faulty,
     steps: usize,
 }
 
@@ -34,7 +39,8 @@ impl FakeRunner {
         let cache = vec![None; capacity.blocks * capacity.block_size];
         let vocab = capacity.vocab as u64;
         let model: Model = Box::new(move |tokens| (hash(tokens) % vocab) as u32);
-        Self { capacity, cache, model, hooks: Vec::new(), steps: 0 }
+        let faulty = Box::new(|_: &[u32]| false);
+        Self { capacity, cache, model, hooks: Vec::new(), faulty, steps: 0 }
     }
 
     /// Room for 16 sequences of 128 tokens, over a vocabulary of 256.
@@ -74,6 +80,12 @@ impl FakeRunner {
             assert!(!steps.contains(&step), "made to panic");
             Ok(())
         })
+    }
+
+    /// Makes rows fail, alone in their steps, by the tokens up to them.
+    pub fn failing_rows(mut self, faulty: impl Fn(&[u32]) -> bool + Send + 'static) -> Self {
+        self.faulty = Box::new(faulty);
+        self
     }
 
     /// Makes each step wait until the test lets it pass.
@@ -144,7 +156,7 @@ impl FakeRunner {
         token
     }
 
-    fn place(&self, input: &StepInput, slice: &Slice, position: u32) -> Result<usize, StepError> {
+    fn place(&self, input: &StepInput, slice: &Slice, position: u32) -> Result<usize, RowError> {
         let size = self.capacity.block_size;
         let table = &input.block_tables[slice.table.clone()];
         let block = table.get(position as usize / size).ok_or("position beyond the block table")?;
@@ -164,19 +176,19 @@ impl FakeRunner {
     }
 
     /// The tokens that `row` attends to, read back through its block table, and who reads.
-    fn read(&self, input: &StepInput, row: usize) -> Result<(Variant, Vec<u32>), StepError> {
+    fn read(&self, input: &StepInput, row: usize) -> Result<(Variant, Vec<u32>), RowError> {
         let slice = input.slices.iter().find(|slice| slice.rows.contains(&row));
         let slice = slice.ok_or("row without a slice")?;
         let variant = variant_of(input, slice);
         let recall = |position: u32| match self.cache[self.place(input, slice, position)?] {
             Some((token, at, writer)) if (at, writer) == (position, variant) => Ok(token),
-            other => Err(format!("row {row} finds {other:?} at position {position}").into()),
+            other => Err(format!("row {row} finds {other:?} at position {position}")),
         };
-        let tokens: Result<_, StepError> = (0..=input.positions[row]).map(recall).collect();
-        Ok((variant, tokens?))
+        let tokens: Vec<u32> = (0..=input.positions[row]).map(recall).collect::<Result<_, _>>()?;
+        if (self.faulty)(&tokens) { Err("made to fail".into()) } else { Ok((variant, tokens)) }
     }
 
-    fn sample(&self, input: &StepInput, sample: &SampleRow) -> Result<Sampled, StepError> {
+    fn sample(&self, input: &StepInput, sample: &SampleRow) -> Result<Sampled, RowError> {
         let (variant, tokens) = self.read(input, sample.row)?;
         let history = if sample.sampling.needs_history() { tokens.as_slice() } else { &[] };
         if history != sample.history {
@@ -191,7 +203,7 @@ impl FakeRunner {
         Ok(Sampled { token, logprob })
     }
 
-    fn score_row(&self, input: &StepInput, row: &ScoreRow) -> Result<TokenLogprob, StepError> {
+    fn score_row(&self, input: &StepInput, row: &ScoreRow) -> Result<TokenLogprob, RowError> {
         let (variant, tokens) = self.read(input, row.row)?;
         Ok(self.score(variant, &tokens, row.target, row.top))
     }
@@ -210,8 +222,8 @@ impl Runner for FakeRunner {
         let sampled = input.samples.iter().map(|sample| self.sample(input, sample));
         let scored = input.scores.iter().map(|row| self.score_row(input, row));
         Ok(StepOutput {
-            sampled: sampled.collect::<Result<_, _>>()?,
-            scored: scored.collect::<Result<_, _>>()?,
+            sampled: sampled.collect(),
+            scored: scored.collect(),
             ..StepOutput::default()
         })
     }

@@ -161,6 +161,8 @@ struct Seq {
     scored: bool,
     /// After each position: log-probability of every token, by id.
     logprobs: Vec<Vec<f32>>,
+    /// Why one of its rows had no answer.
+    error: Option<String>,
 }
 
 impl Seq {
@@ -177,11 +179,12 @@ impl Seq {
             mix: None,
             scored: true,
             logprobs: Vec::new(),
+            error: None,
         }
     }
 
     fn done(&self) -> bool {
-        self.tokens.len() == self.prompt + self.wanted
+        self.error.is_some() || self.tokens.len() == self.prompt + self.wanted
     }
 
     fn generated(&self) -> &[u32] {
@@ -248,12 +251,17 @@ fn apply(seqs: &mut [Seq], input: &StepInput, output: StepOutput) {
         seq.logprobs.truncate(seq.computed);
         seq.computed += slice.rows.len();
         for row in scored.by_ref().take(if seq.scored { slice.rows.len() } else { 0 }) {
-            let mut by_id = vec![0.0; row.top.len()];
-            row.top.iter().for_each(|&(id, logprob)| by_id[id as usize] = logprob);
+            let top = row.as_ref().map_or_else(|_| &[][..], |row| &row.top[..]);
+            let mut by_id = vec![0.0; top.len()];
+            top.iter().for_each(|&(id, logprob)| by_id[id as usize] = logprob);
             seq.logprobs.push(by_id);
+            seq.error = seq.error.take().or(row.clone().err());
         }
         if seq.computed == seq.tokens.len() {
-            seq.tokens.push(sampled.next().unwrap().token);
+            match sampled.next().unwrap() {
+                Ok(sampled) => seq.tokens.push(sampled.token),
+                Err(error) => seq.error = Some(error.clone()),
+            }
         }
     }
 }
@@ -330,7 +338,7 @@ fn every_file_type_serves_in_every_precision() {
         weights::save(dir.path(), weights.spec(), &tensors, file).unwrap();
         let options = LoadOptions { dtype, kv_tokens: 64, block_size: 16 };
         let scored = load(dir.path(), &options).unwrap().step(&input).unwrap().scored;
-        let error = (scored[0].logprob - golden.logprobs(0)[last][7]).abs();
+        let error = (scored[0].as_ref().unwrap().logprob - golden.logprobs(0)[last][7]).abs();
         assert!(error < tolerance, "{file:?} as {dtype:?}: {error}");
     }
 }

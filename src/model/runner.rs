@@ -1,7 +1,8 @@
 //! Runs steps on the CPU: the decoder over a paged KV cache, then a token for each row that asks.
 //!
 //! Knows rows, slices and blocks; must not know requests. Whatever does not fit together in a
-//! [`StepInput`] is an error before anything is written.
+//! [`StepInput`] is an error before anything is written; what a row's own numbers or wishes make
+//! impossible is that row's error.
 
 mod routed;
 
@@ -73,25 +74,21 @@ impl CandleRunner {
         hidden: &Tensor,
         asked: &[A],
         row: impl Fn(&A) -> u32,
-        f: impl Fn(&[f32], &A) -> Result<O, StepError> + Sync,
-    ) -> Result<Vec<O>, StepError> {
+        f: impl Fn(&[f32], &A) -> O + Sync,
+    ) -> CandleResult<Vec<O>> {
         let mut outputs = Vec::with_capacity(asked.len());
         for part in asked.chunks(LOGIT_ROWS) {
             let rows: Vec<u32> = part.iter().map(&row).collect();
             let rows = Tensor::from_vec(rows, part.len(), hidden.device())?;
             let logits = self.decoder.logits(&hidden.index_select(&rows, 0)?)?;
             let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-            let done: Result<Vec<O>, StepError> = logits
-                .par_chunks_exact(self.capacity.vocab)
-                .zip(part)
-                .map(|(logits, asked)| f(logits, asked))
-                .collect();
-            outputs.extend(done?);
+            let logits = logits.par_chunks_exact(self.capacity.vocab);
+            outputs.par_extend(logits.zip(part).map(|(logits, asked)| f(logits, asked)));
         }
         Ok(outputs)
     }
 
-    fn compute(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
+    fn compute(&mut self, input: &StepInput) -> CandleResult<StepOutput> {
         let wanted = wanted_rows(input);
         let (hidden, routing) = self.hidden(input, &wanted)?;
         let find = |row: usize| wanted.partition_point(|&w| (w as usize) < row) as u32;
@@ -121,7 +118,7 @@ impl Runner for CandleRunner {
             return Ok(StepOutput::default());
         }
         // On a compute thread no kernel has to be handed over and waited for.
-        in_pool(|| self.compute(input))
+        Ok(in_pool(|| self.compute(input))?)
     }
 }
 

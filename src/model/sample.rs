@@ -10,7 +10,7 @@
 //! preemption and batch order cannot change it), it sorts the whole vocabulary for top-p, and it
 //! knows neither min-p nor penalties.
 
-use super::step::{SampleRow, Sampled, ScoreRow, StepError};
+use super::step::{RowError, SampleRow, Sampled, ScoreRow};
 use crate::ids::{GAMMA, mix};
 use crate::request::{Sampling, TokenLogprob};
 use std::borrow::Cow;
@@ -18,7 +18,7 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 /// Chooses the next token. Fails on logits that are not finite and if every token is banned.
-pub fn choose(raw: &[f32], row: &SampleRow) -> Result<Sampled, StepError> {
+pub fn choose(raw: &[f32], row: &SampleRow) -> Result<Sampled, RowError> {
     check_finite(raw)?;
     let logits = adjusted(raw, row)?;
     let best = argmax(&logits).ok_or("no token is left to choose from")?;
@@ -31,7 +31,7 @@ pub fn choose(raw: &[f32], row: &SampleRow) -> Result<Sampled, StepError> {
 }
 
 /// Scores a token that is known to follow.
-pub fn score(raw: &[f32], row: &ScoreRow) -> Result<TokenLogprob, StepError> {
+pub fn score(raw: &[f32], row: &ScoreRow) -> Result<TokenLogprob, RowError> {
     check_finite(raw)?;
     if row.target as usize >= raw.len() {
         return Err(outside(row.target, raw.len()));
@@ -47,18 +47,18 @@ fn uniform(seed: u64, index: u32) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-fn check_finite(logits: &[f32]) -> Result<(), StepError> {
+fn check_finite(logits: &[f32]) -> Result<(), RowError> {
     // The product of anything finite with 0 is 0; of NaN and infinities it is NaN.
     let sum: f32 = logits.iter().map(|l| l * 0.0).sum();
     if sum.is_nan() { Err("the model gave logits that are not finite".into()) } else { Ok(()) }
 }
 
-fn outside(token: u32, vocab: usize) -> StepError {
-    format!("token {token} is outside a vocabulary of {vocab}").into()
+fn outside(token: u32, vocab: usize) -> RowError {
+    format!("token {token} is outside a vocabulary of {vocab}")
 }
 
 /// The logits after bias, penalties and bans; banned tokens have minus infinity.
-fn adjusted<'a>(raw: &'a [f32], row: &SampleRow) -> Result<Cow<'a, [f32]>, StepError> {
+fn adjusted<'a>(raw: &'a [f32], row: &SampleRow) -> Result<Cow<'a, [f32]>, RowError> {
     let sampling = &*row.sampling;
     let mut logits = Cow::Borrowed(raw);
     if !sampling.logit_bias.is_empty() {
@@ -82,7 +82,7 @@ fn adjusted<'a>(raw: &'a [f32], row: &SampleRow) -> Result<Cow<'a, [f32]>, StepE
     Ok(logits)
 }
 
-fn logit<'l>(logits: &'l mut Cow<'_, [f32]>, token: u32) -> Result<&'l mut f32, StepError> {
+fn logit<'l>(logits: &'l mut Cow<'_, [f32]>, token: u32) -> Result<&'l mut f32, RowError> {
     let vocab = logits.len();
     logits.to_mut().get_mut(token as usize).ok_or_else(|| outside(token, vocab))
 }
@@ -107,7 +107,7 @@ fn argmax(logits: &[f32]) -> Option<u32> {
 
 /// Draws a token by `u` in [0, 1) from what temperature and truncation leave. Tokens are laid end to end
 /// in the order of their ids, so truncation that cuts nothing changes nothing.
-fn draw(logits: &[f32], best: u32, sampling: &Sampling, u: f64) -> Result<u32, StepError> {
+fn draw(logits: &[f32], best: u32, sampling: &Sampling, u: f64) -> Result<u32, RowError> {
     let k = sampling.top_k as usize;
     let last = match (1..logits.len()).contains(&k) {
         true => top(logits, k).last().copied(),

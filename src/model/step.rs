@@ -81,13 +81,14 @@ pub struct ScoreRow {
     pub top: u32,
 }
 
-/// What a step computed, in the order of [`StepInput::samples`] and [`StepInput::scores`].
+/// What a step computed, in the order of [`StepInput::samples`] and [`StepInput::scores`]. A row that
+/// came to nothing, perhaps by its own adapter's weights, says nothing about the others.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
     /// The chosen tokens.
-    pub sampled: Vec<Sampled>,
+    pub sampled: Vec<Result<Sampled, RowError>>,
     /// The scored tokens.
-    pub scored: Vec<TokenLogprob>,
+    pub scored: Vec<Result<TokenLogprob, RowError>>,
     /// Which experts the rows went to; empty for a model without.
     pub routing: Routing,
 }
@@ -142,6 +143,9 @@ pub struct Capacity {
     /// Token ids are below this.
     pub vocab: usize,
 }
+
+/// Why a row has no answer; the engine fails its request and no other.
+pub type RowError = String;
 
 /// Why a step failed; the engine fails the step's requests and goes on.
 pub type StepError = Box<dyn std::error::Error + Send + Sync>;

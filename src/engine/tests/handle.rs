@@ -340,6 +340,39 @@ fn a_failed_step_fails_its_own_sequences_only() {
 }
 
 #[test]
+fn a_row_without_an_answer_ends_its_own_sequence_only() {
+    let table = tasks([Slo::default()]);
+    let metrics = Arc::new(Metrics::new(&table.names()));
+    let faulty = |tokens: &[u32]| tokens[0] == 66 && tokens.len() >= 10;
+    let build = move || Ok(FakeRunner::small().failing_rows(faulty));
+    let (handle, thread) = start(build, &table, Settings::default(), metrics.clone());
+    wait_until_loaded(&handle);
+    let scored = |tokens: [u32; 20]| Job { score_prompt: Some(2), ..job(tokens, 20) };
+    let mut jobs = vec![scored([1; 20]), scored([66; 20]), scored([2; 20]), job([3; 20], 20)];
+    // One more in each step from the second on.
+    jobs.extend((1..10).rev().map(|words| job(vec![66; words], 20)));
+    let events = handle.submit_all(jobs).unwrap();
+    let heard: Vec<Heard> = events.into_iter().map(listen).collect();
+    let fake = FakeRunner::small();
+    for (i, word) in [(0, 1), (2, 2), (3, 3)] {
+        let scores = (i < 3).then(|| scores(&fake, Variant::default(), &[word; 20], 2));
+        let heard = &heard[i];
+        assert_eq!((&heard.tokens, &heard.prompt), (&fake.alone(&[word; 20], 20, 0, &[]), &scores));
+        assert_eq!(heard.finish, Some(Finish::Length));
+    }
+    let poisoned = heard[4..].iter().chain([&heard[1]]);
+    for (heard, tokens) in poisoned.zip((1..10).chain([0])) {
+        let failed = heard.failed.as_ref().map(|error| (error.kind, error.to_string()));
+        assert_eq!(failed, Some((Kind::Internal, "a row failed: made to fail".to_owned())));
+        assert_eq!((heard.tokens.len(), &heard.prompt), (tokens, &None));
+    }
+    assert_eq!((handle.state(), metrics.step_failures.get()), (State::Ready, 0));
+    handle.drain();
+    thread.join().unwrap();
+    assert_eq!((metrics.running.get(), metrics.kv_usage.get()), (0, 0.0), "blocks are lost");
+}
+
+#[test]
 fn three_failed_steps_in_a_row_end_the_engine() {
     let (runner, gate) = FakeRunner::small().gated();
     let runner = runner.failing_at([0, 1, 3, 4]).panicking_at([5]);
@@ -377,8 +410,8 @@ fn an_answer_that_does_not_fit_is_a_failed_step() {
     let faults: [fn(&mut StepOutput); 4] = [
         |output| output.sampled.clear(),
         |output| output.scored.clear(),
-        |output| output.sampled[0].token = 256,
-        |output| output.scored[0].top[0].0 = 256,
+        |output| output.sampled[0].as_mut().unwrap().token = 256,
+        |output| output.scored[0].as_mut().unwrap().top[0].0 = 256,
     ];
     for fault in faults {
         let careless = move || Careless(fault, FakeRunner::small());

@@ -1,5 +1,5 @@
 //! A seeded simulation of the core in virtual time: arrivals, cancels, deadlines, failed and panicking
-//! steps, tiny pools, several tasks. The same seed gives the same history, event for event; what a
+//! steps and rows, tiny pools, several tasks. The same seed gives the same history, event for event; what a
 //! finished job heard is what the pretend model says alone, so neither chunks, neighbours nor
 //! preemption change a text. A failure prints its seed.
 
@@ -62,6 +62,8 @@ struct Tally {
     cancelled: usize,
     late: usize,
     failed: usize,
+    /// Whose own row failed.
+    poisoned: usize,
     refused: usize,
     preempted: usize,
     broken: usize,
@@ -215,11 +217,15 @@ impl World {
                     let Job { max_new, tokens, score_prompt, .. } = &client.job;
                     assert!(*max_new == 0 && (tokens.len() == 1 || score_prompt.is_none()));
                 }
-                match client.heard.failed.as_ref().map(|error| error.kind) {
+                match client.heard.failed.as_ref().map(|error| (error.kind, error.to_string())) {
                     None => self.tally.finished += 1,
-                    Some(Kind::Deadline) => self.tally.late += 1,
-                    Some(Kind::Internal) => self.tally.failed += 1,
-                    Some(kind) => assert_eq!(kind, Kind::Unavailable),
+                    Some((Kind::Deadline, _)) => self.tally.late += 1,
+                    Some((Kind::Internal, why)) if why.starts_with("a row failed") => {
+                        assert!(why.ends_with("made to fail"), "{why}");
+                        self.tally.poisoned += 1;
+                    }
+                    Some((Kind::Internal, _)) => self.tally.failed += 1,
+                    Some((kind, _)) => assert_eq!(kind, Kind::Unavailable),
                 }
             }
         }
@@ -271,7 +277,8 @@ impl World {
 fn faulty_runner(capacity: Capacity, random: &mut SmallRng, clock: Clock) -> FakeRunner {
     let mut faults = SmallRng::seed_from_u64(random.random());
     let rate = [0.0, 0.05, 0.3][random.random_range(0..3)];
-    FakeRunner::new(capacity).before_step(move |_, input| {
+    let faulty = |tokens: &[u32]| tokens.iter().sum::<u32>().is_multiple_of(499);
+    FakeRunner::new(capacity).failing_rows(faulty).before_step(move |_, input| {
         clock.pass(200 + 20 * input.tokens.len() as u64);
         match faults.random_bool(rate) {
             // Without the hook, which would print each of them.
@@ -324,13 +331,15 @@ fn histories_hold_their_promises() {
         all.cancelled += tally.cancelled;
         all.late += tally.late;
         all.failed += tally.failed;
+        all.poisoned += tally.poisoned;
         all.refused += tally.refused;
         all.preempted += tally.preempted;
         all.broken += tally.broken;
         all.shared += tally.shared;
     }
-    let Tally { finished, cancelled, late, failed, refused, preempted, broken, shared } = all;
-    let seen = [finished, cancelled, late, failed, refused, preempted, broken, shared];
+    let Tally { finished, cancelled, late, failed, poisoned, refused, preempted, broken, shared } =
+        all;
+    let seen = [finished, cancelled, late, failed, poisoned, refused, preempted, broken, shared];
     assert!(seen.iter().all(|&count| count > 0), "something never happened: {all:?}");
 }
 

@@ -246,6 +246,7 @@ fn run(runner: &mut CandleRunner, sequences: &[Sequence], chunk: usize) -> Vec<R
         let (layers, top_k) = runner.experts().map_or((0, 1), |e| (e.layers.len(), e.top_k));
         assert_eq!(entropy.len(), layers * owners.len());
         for (row, (&owner, scored)) in owners.iter().zip(&output.scored).enumerate() {
+            let scored = scored.as_ref().unwrap();
             let mut by_id = vec![0.0; top as usize];
             scored.top.iter().for_each(|&(id, logprob)| by_id[id as usize] = logprob);
             let places = (0..layers).map(|layer| layer * owners.len() + row);

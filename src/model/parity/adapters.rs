@@ -103,6 +103,36 @@ fn an_adapter_for_another_model_is_refused() {
     assert!(error.contains("layers: 2") && error.contains("layers: 3"), "{error}");
 }
 
+#[test]
+fn an_adapter_that_overflows_fails_its_own_rows_only() {
+    let huge = changes(&[4; 12], 1).into_iter();
+    let huge: Vec<Change> = huge
+        .map(|(layer, module, a, b)| (layer, module, (a * 1e30).unwrap(), (b * 1e30).unwrap()))
+        .collect();
+    let huge = mix(1, &[(&deltas(&huge), 1.0)]);
+    let golden = Golden::read();
+    let base =
+        |i: usize, scored| Seq { scored, ..Seq::new(&golden.prompts[i].0, 8, 1.0, i as u64) };
+    let poisoned = |i, scored| Seq { mix: Some(huge.clone()), ..base(i, scored) };
+    let (mut runner, mut free) = (runner(), (0..BLOCKS as u32).collect::<Vec<_>>());
+    // The second time, the base's keys and values stand where the adapter's were.
+    for _ in 0..2 {
+        let mut seqs = vec![base(0, true), base(1, false), poisoned(2, true), poisoned(3, false)];
+        let expected = [0, 1].map(|i: usize| alone(seqs[i].clone()));
+        while seqs.iter().any(|seq| !seq.done()) {
+            advance(&mut runner, &mut free, &mut seqs, &[5; 4]);
+        }
+        for (seq, expected) in seqs.iter().zip(&expected) {
+            assert_eq!((&seq.error, &seq.tokens), (&None, &expected.tokens));
+            assert!(seq.logprobs == expected.logprobs);
+        }
+        for seq in &seqs[2..] {
+            assert!(seq.error.as_ref().unwrap().contains("not finite"));
+        }
+        free.extend(seqs.iter().flat_map(|seq| &seq.table));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -1,4 +1,4 @@
-//! Refusals of steps that contradict themselves. What a good step computes is tested in
+//! Refusals of steps that contradict themselves, and of single rows. What a good step computes is tested in
 //! `model::parity`.
 
 use super::*;
@@ -76,7 +76,8 @@ fn answers_in_the_order_asked() {
     let mut runner = runner_over(|_| {});
     let output = runner.step(&good()).unwrap();
     assert_eq!(output.sampled.len(), 2);
-    assert_eq!((output.scored.len(), output.scored[0].top.len()), (1, 3));
+    assert_eq!(output.scored.len(), 1);
+    assert_eq!(output.scored[0].as_ref().unwrap().top.len(), 3);
     let nothing = runner.step(&StepInput::default()).unwrap();
     assert!(nothing.sampled.is_empty() && nothing.scored.is_empty());
 }
@@ -89,13 +90,13 @@ fn more_rows_than_logits_are_held_for() {
         (0..3 * LOGIT_ROWS + 1).map(|i| ScoreRow { row: i % 6, target: 2, top: 0 }).collect();
     let scored = runner.step(&input).unwrap().scored;
     assert_eq!(scored.len(), 3 * LOGIT_ROWS + 1);
-    assert!(scored.iter().enumerate().all(|(i, s)| s.logprob == scored[i % 6].logprob));
+    assert!(scored.iter().enumerate().all(|(i, s)| s.is_ok() && *s == scored[i % 6]));
 }
 
 #[test]
 fn contradictions_are_errors() {
     type Edit = fn(&mut StepInput);
-    let cases: [(&str, Edit); 23] = [
+    let cases: [(&str, Edit); 21] = [
         ("5 positions for 6", |s| s.positions.truncate(5)),
         ("token 50", |s| s.tokens[0] = VOCAB as u32),
         ("do not follow", |s| s.slices.swap(0, 1)),
@@ -119,8 +120,6 @@ fn contradictions_are_errors() {
         ("do not follow row 3", |s| s.adapters = vec![adapted(0..3), adapted(2..6)]),
         ("do not follow row 6", |s| s.adapters = vec![adapted(3..6), adapted(0..3)]),
         ("row 6 is scored", |s| s.scores[0].row = 6),
-        ("outside a vocabulary", |s| s.scores[0].target = VOCAB as u32),
-        ("outside a vocabulary", |s| s.samples[0].banned = vec![VOCAB as u32]),
     ];
     let mut runner = runner_over(|_| {});
     for (message, edit) in cases {
@@ -133,11 +132,31 @@ fn contradictions_are_errors() {
 }
 
 #[test]
-fn logits_that_are_not_finite_fail_the_step() {
+fn what_one_row_cannot_have_leaves_the_others_alone() {
+    let mut runner = runner_over(|_| {});
+    let good_output = runner.step(&good()).unwrap();
+    let mut input = good();
+    input.samples[0].banned = vec![VOCAB as u32];
+    input.scores.insert(0, ScoreRow { target: VOCAB as u32, ..good().scores[0] });
+    let output = runner.step(&input).unwrap();
+    for error in [output.sampled[0].as_ref().err(), output.scored[0].as_ref().err()] {
+        assert!(error.unwrap().contains("outside a vocabulary"), "{error:?}");
+    }
+    assert_eq!(
+        (&output.sampled[1], &output.scored[1]),
+        (&good_output.sampled[1], &good_output.scored[0])
+    );
+}
+
+#[test]
+fn logits_that_are_not_finite_fail_their_rows() {
     let mut runner = runner_over(|tensors| {
         let name = "transformer.ln_f.bias";
         let poison = Tensor::full(f32::NAN, tensors[name].shape(), &Device::Cpu).unwrap();
         tensors.insert(name.into(), poison);
     });
-    assert!(runner.step(&good()).unwrap_err().to_string().contains("not finite"));
+    let output = runner.step(&good()).unwrap();
+    let errors = output.sampled.iter().filter_map(|row| row.as_ref().err());
+    let errors = errors.chain(output.scored.iter().filter_map(|row| row.as_ref().err()));
+    assert_eq!(errors.filter(|error| error.contains("not finite")).count(), 3);
 }

@@ -198,7 +198,7 @@ fn greedy(runner: &mut impl Runner, ids: &[u32], end: u32) -> Vec<u32> {
             scores: Vec::new(),
             tokens: rows.clone(),
         };
-        let token = runner.step(&input).unwrap().sampled[0].token;
+        let token = runner.step(&input).unwrap().sampled[0].as_ref().unwrap().token;
         first += rows.len() as u32;
         if token == end || first as usize >= capacity.context {
             return reply;
