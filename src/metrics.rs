@@ -155,16 +155,7 @@ impl Metrics {
         let registry = Registry::new();
         let r = &registry;
         let step = per_phase(r);
-        let startup = prometheus::GaugeVec::new(
-            Opts::new("shoal_startup_seconds", "Seconds spent in each phase of start-up."),
-            &["phase"],
-        );
-        let build = IntGaugeVec::new(
-            Opts::new("shoal_build_info", "Always 1; the version is in the label."),
-            &["version"],
-        );
-        let build = register(r, build.expect("constant options are valid"));
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        publish_version(r);
         let families = TaskFamilies::new(r);
         let tasks = task_names.iter().map(|name| Arc::new(families.of(name))).collect();
         Self {
@@ -226,7 +217,7 @@ impl Metrics {
             ),
             router: OnceLock::new(),
             adapters: OnceLock::new(),
-            startup: register(r, startup.expect("constant options are valid")),
+            startup: startup(r),
             registry,
         }
     }
@@ -292,6 +283,18 @@ impl Metrics {
         TextEncoder::new().encode(&families, &mut text).expect("writing to memory");
         text
     }
+}
+
+fn publish_version(r: &Registry) {
+    let opts = Opts::new("shoal_build_info", "Always 1; the version is in the label.");
+    let build = IntGaugeVec::new(opts, &["version"]).expect("constant options are valid");
+    register(r, build).with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+}
+
+fn startup(r: &Registry) -> prometheus::GaugeVec {
+    let opts = Opts::new("shoal_startup_seconds", "Seconds spent in each phase of start-up.");
+    let phases = prometheus::GaugeVec::new(opts, &["phase"]);
+    register(r, phases.expect("constant options are valid"))
 }
 
 fn per_phase(r: &Registry) -> HistogramVec {
