@@ -2,7 +2,7 @@
 
 use super::Recipe;
 use crate::model::Spec;
-use crate::train::data::{Row, is_held_out, read_rows};
+use crate::train::data::{Row, read_rows};
 use crate::train::draws::Draws;
 use crate::train::objective::Sequence;
 use crate::train::passages::count_words;
@@ -108,14 +108,14 @@ impl Examples {
         let (codec, context) = (Codec::of_bundle(&recipe.base, spec.eos)?, spec.context);
         let layout = Layout::of(&recipe.task, &codec);
         let (mut training, mut held_out, mut too_long) = (Vec::new(), Vec::new(), 0);
-        for (input, output) in pairs(recipe)? {
-            let mut tokens = codec.encode(output.trim())?;
+        for pair in pairs(recipe)? {
+            let mut tokens = codec.encode(pair.output.trim())?;
             tokens.push(codec.end_of_text);
-            let (words, text) = (count_words(&output), input.trim());
-            let example = Example { input: codec.encode(text)?, output: tokens, words };
+            let (input, words) = (codec.encode(pair.input.trim())?, count_words(&pair.output));
+            let example = Example { input, output: tokens, words };
             if example.len() > context {
                 too_long += 1;
-            } else if is_held_out(&input, recipe.adapter.held_out) {
+            } else if pair.held_out {
                 held_out.push(layout.sequence(&codec, &example, true)?);
             } else {
                 training.push(example);
@@ -149,30 +149,84 @@ impl Examples {
     }
 }
 
-/// Inputs and outputs of the task's rows: those of its name, or all if they have one name or none.
-fn pairs(recipe: &Recipe) -> Result<Vec<(String, String)>> {
-    let mut all: Vec<(String, String, String)> = Vec::new();
+/// What a request would say and what should come back.
+#[derive(Debug, PartialEq, Eq)]
+struct Pair {
+    input: String,
+    output: String,
+    held_out: bool,
+}
+
+/// The pairs of the task's rows: those of its name, or all if they have one name or none.
+fn pairs(recipe: &Recipe) -> Result<Vec<Pair>> {
+    let mut all: Vec<(String, Pair)> = Vec::new();
     for path in &recipe.data {
         read_rows(path, None, |row| {
+            let held_out = row.is_held_out(recipe.adapter.held_out);
             match row {
                 Row::Text { .. } => bail!("an example needs an input and an output"),
                 Row::Pair(p) => {
-                    let input = if p.input.trim().is_empty() { p.instruction } else { p.input };
-                    all.push((p.task, input, p.output));
+                    let input = joined(&p.instruction, &p.input);
+                    all.push((p.task, Pair { input, output: p.output, held_out }));
                 }
                 Row::Prompts { task, intent, prompts } => {
-                    all.extend(prompts.into_iter().map(|p| (task.clone(), intent.clone(), p)));
+                    let pair = |output| Pair { input: intent.clone(), output, held_out };
+                    all.extend(prompts.into_iter().map(|p| (task.clone(), pair(p))));
                 }
             }
             Ok(())
         })?;
     }
-    let names: BTreeSet<String> = all.iter().map(|(task, ..)| task.clone()).collect();
+    let names: BTreeSet<String> = all.iter().map(|(task, _)| task.clone()).collect();
     let own = names.contains(&recipe.task);
     if !own && names.len() > 1 {
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         bail!("the data have no task {:?}, but several others: {}", recipe.task, names.join(", "));
     }
-    let wanted = |(task, input, output)| (!own || task == recipe.task).then_some((input, output));
+    let wanted = |(task, pair)| (!own || task == recipe.task).then_some(pair);
     Ok(all.into_iter().filter_map(wanted).collect())
+}
+
+/// An instruction and what it is about, as one input: either may be empty.
+fn joined(instruction: &str, input: &str) -> String {
+    let filled = [instruction.trim(), input.trim()].into_iter().filter(|part| !part.is_empty());
+    filled.collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::adapter::Settings;
+
+    fn pairs_of(rows: &str, held_out: f64) -> Vec<Pair> {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("rows.jsonl");
+        std::fs::write(&data, rows).unwrap();
+        let adapter = Settings { held_out, ..Settings::default() };
+        let (task, description) = ("mine".into(), String::new());
+        let base = dir.path().into();
+        pairs(&Recipe { task, description, base, data: vec![data], seed: 0, adapter }).unwrap()
+    }
+
+    #[test]
+    fn a_row_says_itself_on_which_side_it_is() {
+        let rows = r#"{"input": "a", "output": "o", "split": "test"}
+{"input": "b", "output": "o", "split": "valid"}
+{"input": "c", "output": "o", "split": "train"}
+{"input": "d", "output": "o"}
+"#;
+        let sides = |share| pairs_of(rows, share).iter().map(|p| p.held_out).collect::<Vec<_>>();
+        assert_eq!(sides(0.0), [true, true, false, false]);
+        assert_eq!(sides(1.0), [true, true, false, true]);
+    }
+
+    #[test]
+    fn an_instruction_and_an_input_are_one_input() {
+        let rows = r#"{"instruction": "Shorten.", "input": "A long text.\n", "output": "o"}
+{"instruction": "Shorten.", "input": " ", "output": "o"}
+{"input": "A long text.", "output": "o"}
+"#;
+        let inputs: Vec<String> = pairs_of(rows, 0.0).into_iter().map(|p| p.input).collect();
+        assert_eq!(inputs, ["Shorten.\nA long text.", "Shorten.", "A long text."]);
+    }
 }

@@ -41,7 +41,7 @@ pub struct Settings {
     pub learning_rate: f64,
     /// Tokens of one optimiser step.
     pub batch_tokens: usize,
-    /// Share of the inputs that are held out to measure by.
+    /// Share of the inputs that are held out to measure by, among rows that name no split themselves.
     pub held_out: f64,
 }
 
