@@ -1,31 +1,23 @@
 //! Adapters over the real decoder: what each request gets is what its adapter, of its generation, gives
 //! alone; whatever is loaded meanwhile. And who may change what.
 
-use crate::harness::{BUNDLE, Reply, Server, Setup, bundle};
+use crate::harness::{
+    AUTHORISED, BUNDLE, COMPLETIONS, LOAD, Reply, Server, goldens, prompts, texts,
+};
+use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
-use shoal::adapter::registry::{Bounds, Registry};
-use shoal::adapter::{Shape, registry::Wanted};
-use shoal::api::Admin;
-use shoal::config::Dtype;
+use shoal::adapter::registry::{Bounds, Registry, Wanted};
+use shoal::adapter::{self, Module, Shape};
+use shoal::engine::State;
 use shoal::ids::TaskId;
 use shoal::kernels::Precision;
 use shoal::metrics::Metrics;
-use shoal::model::{self, LoadOptions};
-use shoal::text::Tokenizer;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
 
-const COMPLETIONS: &str = "/v1/completions";
-const LOAD: &str = "/v1/load_lora_adapter";
 const UNLOAD: &str = "/v1/unload_lora_adapter";
-const KEY: &str = "0123456789abcdef";
-const AUTHORISED: (&str, &str) = ("authorization", "Bearer 0123456789abcdef");
-
-fn goldens() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
-}
 
 /// A folder that adapters are loaded from, with the two golden ones in it.
 fn root() -> TempDir {
@@ -43,62 +35,11 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// The golden model with a registry of up to `max` adapters, empty, and an administrator.
-async fn server(root: &Path, max: usize) -> Server {
-    let folder = goldens().join("gpt2-tiny");
-    let tokenizer = Arc::new(Tokenizer::load(folder.join("tokenizer.json")).unwrap());
-    let metrics = Arc::new(Metrics::new(&[BUNDLE.to_owned()]));
-    let shape = Shape {
-        layers: 3,
-        width: 64,
-        inner: 256,
-        moe_layers: Vec::new(),
-        precision: Precision::F32,
-    };
-    let bounds = Bounds { max_adapters: max, ..Bounds::default() };
-    let setup = Setup {
-        tasks: vec![bundle()],
-        tokenizer,
-        adapters: Some(Arc::new(Registry::new(shape, bounds, metrics.clone()))),
-        metrics: Some(metrics),
-        admin: Some(Admin::new(KEY, root.to_owned())),
-        ..Setup::default()
-    };
-    let load = move || {
-        model::load(&folder, &LoadOptions { dtype: Dtype::F32, ..LoadOptions::default() })
-            .map_err(Into::into)
-    };
-    let server = Server::loading(setup, load).await;
-    let mut state = server.engine.watch();
-    state.wait_for(|s| *s == shoal::engine::State::Ready).await.unwrap();
-    server
-}
-
-async fn admin(server: &Server, path: &str, body: Value) -> Reply {
-    server.client.post_with(path, &[AUTHORISED], &body).await
-}
-
-async fn load(server: &Server, name: &str, path: &str) -> Value {
-    let reply = admin(server, LOAD, json!({"lora_name": name, "lora_path": path})).await;
-    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
-    reply.json()
-}
-
 /// The names of the adapters that are loaded.
 async fn listed(server: &Server) -> Vec<String> {
     let reply = server.client.get_with("/v1/adapters", &[AUTHORISED]).await.json();
     let names = reply["data"].as_array().unwrap().iter();
     names.map(|adapter| adapter["id"].as_str().unwrap().to_owned()).collect()
-}
-
-/// The reference's entries for one adapter, or `base`.
-fn prompts(tag: &str) -> Vec<Value> {
-    let text = fs::read_to_string(goldens().join("reference.json")).unwrap();
-    let reference: Value = serde_json::from_str(&text).unwrap();
-    let all = reference["prompts"].as_array().unwrap();
-    let tagged: Vec<Value> = all.iter().filter(|p| p["tag"] == tag).cloned().collect();
-    assert!(!tagged.is_empty(), "{tag}");
-    tagged
 }
 
 fn greedy(model: &str, prompt: &Value) -> Value {
@@ -114,9 +55,9 @@ async fn text(server: &Server, body: &Value) -> String {
 #[tokio::test]
 async fn each_adapter_in_one_batch_gives_what_pytorch_gives() {
     let root = root();
-    let server = server(root.path(), 8).await;
+    let server = Server::with_adapters(root.path(), 8).await;
     for name in ["lora-attn", "lora-all"] {
-        let info = load(&server, name, name).await;
+        let info = server.load(name, name).await;
         assert_eq!((&info["generation"], &info["kind"]), (&json!(1), &json!("lora")));
     }
     let mut streams = Vec::new();
@@ -130,7 +71,7 @@ async fn each_adapter_in_one_batch_gives_what_pytorch_gives() {
     }
     for (mut stream, want) in streams {
         let frames = stream.rest().await;
-        assert_eq!(json!(crate::harness::texts(&frames)[0]), want);
+        assert_eq!(json!(texts(&frames)[0]), want);
     }
     let models = server.client.get("/v1/models").await.json();
     let adapter = models["data"].as_array().unwrap().iter().find(|m| m["id"] == "lora-all");
@@ -143,8 +84,8 @@ async fn each_adapter_in_one_batch_gives_what_pytorch_gives() {
 #[tokio::test]
 async fn a_swapped_adapter_never_sees_its_predecessors_state() {
     let root = root();
-    let server = Arc::new(server(root.path(), 8).await);
-    load(&server, "a", "lora-attn").await;
+    let server = Arc::new(Server::with_adapters(root.path(), 8).await);
+    server.load("a", "lora-attn").await;
     let by_generation = |generation: u64| ["lora-all", "lora-attn"][(generation % 2) as usize];
     let mut clients = Vec::new();
     for client in 0..6 {
@@ -172,7 +113,7 @@ async fn a_swapped_adapter_never_sees_its_predecessors_state() {
         let path = by_generation(expected + 1);
         let body = json!({"lora_name": "a", "lora_path": path, "load_inplace": true,
             "expected_generation": expected});
-        assert_eq!(admin(&server, LOAD, body).await.status, 200);
+        assert_eq!(server.admin(LOAD, body).await.status, 200);
         expected += 1;
     }
     let mut generations = std::collections::BTreeSet::new();
@@ -197,9 +138,9 @@ async fn a_swapped_adapter_never_sees_its_predecessors_state() {
 #[tokio::test]
 async fn mixtures_are_weighted_sums() {
     let root = root();
-    let server = server(root.path(), 8).await;
+    let server = Server::with_adapters(root.path(), 8).await;
     for name in ["lora-attn", "lora-all"] {
-        load(&server, name, name).await;
+        server.load(name, name).await;
     }
     let prompt = &prompts("base")[0];
     let alone = |tag: &str| prompts(tag)[0]["greedy_text"].as_str().unwrap().to_owned();
@@ -232,10 +173,35 @@ async fn mixtures_are_weighted_sums() {
     }
 }
 
+/// Finite weights may overflow; what they spoil is nobody else's.
+#[tokio::test]
+async fn an_adapter_that_overflows_fails_its_own_requests_only() {
+    let root = root();
+    let huge = |rows, columns| Tensor::full(1e30f32, (rows, columns), &Device::Cpu).unwrap();
+    let change = |layer| ((layer, Module::Qkv), (huge(64, 2), huge(2, 192)));
+    adapter::save(&root.path().join("huge"), BUNDLE, 2, 3, &(0..3).map(change).collect()).unwrap();
+    let server = Server::with_adapters(root.path(), 8).await;
+    server.load("huge", "huge").await;
+    let mut streams = Vec::new();
+    for prompt in prompts("base") {
+        let mut body = greedy(BUNDLE, &prompt);
+        body["stream"] = json!(true);
+        let stream = server.client.stream(COMPLETIONS, &body).await;
+        streams.push((stream, prompt["greedy_text"].clone()));
+        let reply = server.client.post(COMPLETIONS, &greedy("huge", &prompt)).await;
+        assert_eq!((reply.status, reply.error().1.as_str()), (500, "server_error"));
+    }
+    for (mut stream, want) in streams {
+        assert_eq!(json!(texts(&stream.rest().await)[0]), want);
+    }
+    assert_eq!(server.metric("shoal_step_failures_total").await, 0.0);
+    assert_eq!(server.engine.state(), State::Ready);
+}
+
 #[tokio::test]
 async fn only_the_holder_of_the_key_may_change_anything() {
     let root = root();
-    let server = server(root.path(), 8).await;
+    let server = Server::with_adapters(root.path(), 8).await;
     let body = json!({"lora_name": "a", "lora_path": "lora-all"});
     for path in [LOAD, UNLOAD, "/v1/tasks"] {
         for headers in [
@@ -266,7 +232,7 @@ async fn adapters_are_read_from_below_the_root_only() {
     let file = root.path().join("linked-file/adapter_model.safetensors");
     fs::remove_file(&file).unwrap();
     std::os::unix::fs::symlink(outside_path.join("adapter_model.safetensors"), &file).unwrap();
-    let server = server(root.path(), 8).await;
+    let server = Server::with_adapters(root.path(), 8).await;
     let absolute = outside_path.to_str().unwrap();
     let dotted = format!("../{}/lora-all", outside.path().file_name().unwrap().to_str().unwrap());
     for (path, status) in [
@@ -278,7 +244,7 @@ async fn adapters_are_read_from_below_the_root_only() {
         ("none", 404),
     ] {
         let body = json!({"lora_name": "a", "lora_path": path});
-        let reply = admin(&server, LOAD, body).await;
+        let reply = server.admin(LOAD, body).await;
         assert_eq!(
             (reply.status, reply.error().2.as_deref()),
             (status, Some("lora_path")),
@@ -286,15 +252,15 @@ async fn adapters_are_read_from_below_the_root_only() {
         );
     }
     let inside = root.path().join("lora-all");
-    load(&server, "a", inside.to_str().unwrap()).await;
-    load(&server, "b", "lora-attn/../lora-all").await;
+    server.load("a", inside.to_str().unwrap()).await;
+    server.load("b", "lora-attn/../lora-all").await;
 }
 
 #[tokio::test]
 async fn generations_and_names_are_checked() {
     let root = root();
-    let server = server(root.path(), 8).await;
-    load(&server, "a", "lora-all").await;
+    let server = Server::with_adapters(root.path(), 8).await;
+    server.load("a", "lora-all").await;
     let code = |reply: Reply| (reply.status, reply.error().3.unwrap_or_default());
     let conflict = |code: &str| (409, code.to_owned());
     for (path, body, want) in [
@@ -313,7 +279,7 @@ async fn generations_and_names_are_checked() {
         (LOAD, json!({"lora_name": BUNDLE, "lora_path": "lora-all"}), "name_taken"),
         (UNLOAD, json!({"lora_name": "a", "expected_generation": 3}), "lora_generation_mismatch"),
     ] {
-        assert_eq!(code(admin(&server, path, body.clone()).await), conflict(want), "{body}");
+        assert_eq!(code(server.admin(path, body.clone()).await), conflict(want), "{body}");
     }
     for (body, param) in [
         (json!({"lora_path": "lora-all"}), "lora_name"),
@@ -325,34 +291,34 @@ async fn generations_and_names_are_checked() {
             "base_model_name",
         ),
     ] {
-        let reply = admin(&server, LOAD, body.clone()).await;
+        let reply = server.admin(LOAD, body.clone()).await;
         assert_eq!((reply.status, reply.error().2.as_deref()), (400, Some(param)), "{body}");
     }
-    assert_eq!(admin(&server, UNLOAD, json!({"lora_name": "a"})).await.status, 200);
-    assert_eq!(admin(&server, UNLOAD, json!({"lora_name": "a"})).await.status, 404);
+    assert_eq!(server.admin(UNLOAD, json!({"lora_name": "a"})).await.status, 200);
+    assert_eq!(server.admin(UNLOAD, json!({"lora_name": "a"})).await.status, 404);
     let gone = server.client.post(COMPLETIONS, &greedy("a", &prompts("base")[0])).await;
     assert_eq!(gone.error().2.as_deref(), Some("model"));
-    assert_eq!(load(&server, "a", "lora-all").await["generation"], 2);
+    assert_eq!(server.load("a", "lora-all").await["generation"], 2);
 }
 
 #[tokio::test]
 async fn what_was_not_used_for_longest_makes_room_unless_it_is_pinned() {
     let root = root();
-    let server = server(root.path(), 2).await;
+    let server = Server::with_adapters(root.path(), 2).await;
     let pinned = json!({"lora_name": "first", "lora_path": "lora-all", "pinned": true});
-    assert_eq!(admin(&server, LOAD, pinned).await.status, 200);
-    load(&server, "second", "lora-attn").await;
-    load(&server, "third", "lora-attn").await;
+    assert_eq!(server.admin(LOAD, pinned).await.status, 200);
+    server.load("second", "lora-attn").await;
+    server.load("third", "lora-attn").await;
     assert_eq!(listed(&server).await, ["first", "third"]);
     assert_eq!(server.metric("shoal_adapter_evictions_total").await, 1.0);
     let pinned = json!({"lora_name": "third", "lora_path": "lora-all", "pinned": true,
         "load_inplace": true});
-    assert_eq!(admin(&server, LOAD, pinned).await.status, 200);
+    assert_eq!(server.admin(LOAD, pinned).await.status, 200);
     // Replaced without a word on pins, it stays pinned.
     let replaced = json!({"lora_name": "third", "lora_path": "lora-attn", "load_inplace": true});
-    assert_eq!(admin(&server, LOAD, replaced).await.json()["pinned"], true);
+    assert_eq!(server.admin(LOAD, replaced).await.json()["pinned"], true);
     let one_more = json!({"lora_name": "fourth", "lora_path": "lora-all"});
-    let refused = admin(&server, LOAD, one_more).await;
+    let refused = server.admin(LOAD, one_more).await;
     assert_eq!((refused.status, refused.error().3.as_deref()), (409, Some("lora_limit_exceeded")));
     assert_eq!(listed(&server).await, ["first", "third"]);
     assert_eq!(server.metric("shoal_adapters_resident").await, 2.0);
@@ -362,27 +328,27 @@ async fn what_was_not_used_for_longest_makes_room_unless_it_is_pinned() {
 #[tokio::test]
 async fn a_task_may_be_added_with_its_adapter() {
     let root = root();
-    let server = server(root.path(), 4).await;
+    let server = Server::with_adapters(root.path(), 4).await;
     let toml = "description = \"Speaks.\"\nadapter = \"a\"\n[defaults]\nmax_tokens = 32\n\
                 temperature = 0.0\nignore_eos = true\n";
     let body = json!({"name": "speak", "toml": toml});
-    let early = admin(&server, "/v1/tasks", body.clone()).await;
+    let early = server.admin("/v1/tasks", body.clone()).await;
     assert_eq!((early.status, early.error().2.as_deref()), (400, Some("toml")));
-    load(&server, "a", "lora-all").await;
-    let added = admin(&server, "/v1/tasks", body.clone()).await;
+    server.load("a", "lora-all").await;
+    let added = server.admin("/v1/tasks", body.clone()).await;
     assert_eq!((added.status, added.json()["adapter"].as_str()), (201, Some("a")));
-    assert_eq!(admin(&server, "/v1/tasks", body).await.status, 409);
+    assert_eq!(server.admin("/v1/tasks", body).await.status, 409);
     let wanted = &prompts("lora-all")[1];
     let body = json!({"input": wanted["text"]});
     let reply = server.client.post("/v1/tasks/speak/generate", &body).await.json();
     assert_eq!(reply["choices"][0]["text"], wanted["greedy_text"]);
     let listed = server.client.get("/v1/tasks").await.json();
     assert_eq!(listed["data"][0]["id"], "speak");
-    let in_use = admin(&server, UNLOAD, json!({"lora_name": "a"})).await;
+    let in_use = server.admin(UNLOAD, json!({"lora_name": "a"})).await;
     assert_eq!((in_use.status, in_use.error().3.as_deref()), (409, Some("lora_adapter_in_use")));
     for toml in ["template = \"{{ nothing }}\"", "temperature = 3", "[slo]\nweight = -1"] {
         let body = json!({"name": "bad", "toml": toml});
-        let reply = admin(&server, "/v1/tasks", body).await;
+        let reply = server.admin("/v1/tasks", body).await;
         assert_eq!((reply.status, reply.error().2.as_deref()), (400, Some("toml")), "{toml}");
     }
     let series = "shoal_requests_total{outcome=\"ok\",task=\"speak\"}";

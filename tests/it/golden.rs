@@ -1,43 +1,13 @@
 //! The whole server over the real decoder: what comes out of the socket is what PyTorch computes.
 
-use crate::harness::{BUNDLE, Server, Setup, bundle, texts};
+use crate::harness::{BUNDLE, COMPLETIONS, Server, Setup, golden_model, goldens, prompts, texts};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use shoal::config::Dtype;
-use shoal::model::{self, LoadOptions};
-use shoal::text::Tokenizer;
-use std::path::PathBuf;
-use std::sync::Arc;
 
-const COMPLETIONS: &str = "/v1/completions";
 const TOLERANCE: f64 = 1e-4;
 
-fn goldens() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
-}
-
 async fn server() -> Server {
-    let folder = goldens().join("gpt2-tiny");
-    let tokenizer = Arc::new(Tokenizer::load(folder.join("tokenizer.json")).unwrap());
-    let setup = Setup { tasks: vec![bundle()], tokenizer, ..Setup::default() };
-    let load = move || {
-        model::load(&folder, &LoadOptions { dtype: Dtype::F32, ..LoadOptions::default() })
-            .map_err(Into::into)
-    };
-    let server = Server::loading(setup, load).await;
-    let mut state = server.engine.watch();
-    state.wait_for(|s| *s == shoal::engine::State::Ready).await.unwrap();
-    server
-}
-
-/// The reference's entries for the model without an adapter.
-fn prompts() -> Vec<Value> {
-    let text = std::fs::read_to_string(goldens().join("reference.json")).unwrap();
-    let reference: Value = serde_json::from_str(&text).unwrap();
-    let all = reference["prompts"].as_array().unwrap();
-    let base: Vec<Value> = all.iter().filter(|p| p["tag"] == "base").cloned().collect();
-    assert_eq!(base.len(), 4);
-    base
+    Server::over(&golden_model(), Setup::default()).await
 }
 
 fn greedy(prompt: &Value) -> Value {
@@ -48,18 +18,18 @@ fn greedy(prompt: &Value) -> Value {
 #[tokio::test]
 async fn greedy_text_is_pytorchs() {
     let server = server().await;
-    for prompt in prompts() {
+    for prompt in prompts("base") {
         for form in ["text", "ids"] {
             let reply = server.client.post(COMPLETIONS, &greedy(&prompt[form])).await.json();
             assert_eq!(reply["choices"][0]["text"], prompt["greedy_text"]);
             assert_eq!(reply["usage"]["prompt_tokens"], prompt["ids"].as_array().unwrap().len());
         }
     }
-    let all: Vec<Value> = prompts().iter().map(|p| p["text"].clone()).collect();
+    let all: Vec<Value> = prompts("base").iter().map(|p| p["text"].clone()).collect();
     let mut body = greedy(&json!(all));
     body["stream"] = json!(true);
     let frames = server.client.stream(COMPLETIONS, &body).await.rest().await;
-    let want: Vec<Value> = prompts().iter().map(|p| p["greedy_text"].clone()).collect();
+    let want: Vec<Value> = prompts("base").iter().map(|p| p["greedy_text"].clone()).collect();
     assert_eq!(json!(texts(&frames)), json!(want), "all at once, as a stream");
 }
 
@@ -68,7 +38,7 @@ async fn scores_are_the_log_softmax_of_pytorchs_logits() {
     let file = std::fs::read(goldens().join("reference.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();
     let server = server().await;
-    for prompt in prompts() {
+    for prompt in prompts("base") {
         let logits = tensors.tensor(&format!("base.{}.logits", prompt["i"])).unwrap();
         let vocab = logits.shape()[1];
         let rows: Vec<f64> = logits

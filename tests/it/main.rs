@@ -9,6 +9,8 @@ mod adapters;
 mod cli;
 /// The OpenAI wire, byte by byte.
 mod completions;
+/// What depends on the task that raw text is for: mixtures of task adapters, gates of experts.
+mod experts;
 /// The real decoder behind the sockets, against PyTorch.
 mod golden;
 /// A server on a port of its own, a client that sees bytes.

@@ -1,7 +1,10 @@
-//! What the tests share: a server on port 0 and a client that sees bytes.
+//! What the tests share: a server on port 0 over a pretend or a real model, and a client that
+//! sees bytes.
 
 mod client;
+mod decoder;
 mod server;
 
 pub use client::{Client, Reply, Stream, texts};
-pub use server::{BUNDLE, CONTEXT, Server, Setup, bundle, repeater, tokenizer, tokenizer_json};
+pub use decoder::{AUTHORISED, COMPLETIONS, LOAD, golden_model, goldens, prompts};
+pub use server::{BUNDLE, CONTEXT, Server, Setup, repeater, tokenizer, tokenizer_json};
