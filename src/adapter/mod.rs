@@ -8,6 +8,7 @@
 //! cannot be honoured exactly is refused by name, never half loaded.
 
 mod config;
+mod confined;
 pub mod deltas;
 mod files;
 mod load;

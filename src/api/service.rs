@@ -205,7 +205,7 @@ impl Service {
                     tokens: prompt.tokens.clone(),
                     adapters: target.adapters.as_ref().map(|chosen| chosen.mix.clone()),
                     gate: target.gate,
-                    report_experts: request.debug,
+                    report_experts: request.debug && self.engine.experts().is_some(),
                     sampling: sampling.clone(),
                     seed: choice_seed(seed, choice),
                     max_new: lengths.max_new,

@@ -8,7 +8,7 @@ use shoal::text::Tokenizer;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use tempfile::TempDir;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/gpt2-tiny");
@@ -33,6 +33,17 @@ fn shoal(args: &[&str]) -> Command {
 
 fn run(args: &[&str]) -> Output {
     shoal(args).output().unwrap()
+}
+
+/// A program that runs no longer than its test, even if that fails.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It fails if the program has ended, which is what was wanted.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -251,11 +262,11 @@ fn a_wrong_configuration_ends_with_64_and_all_its_faults() {
 #[tokio::test]
 async fn serve_says_where_answers_and_leaves_on_sigterm() {
     let dir = bundle();
-    let mut server = shoal(&["serve", path(&dir), "--port", "0", "--served-model-name", "tiny"])
+    let server = shoal(&["serve", path(&dir), "--port", "0", "--served-model-name", "tiny"])
         .env("SHOAL_LOG", "off")
         .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+        .spawn();
+    let Running(server) = &mut Running(server.unwrap());
     let mut said = BufReader::new(server.stdout.take().unwrap());
     let mut line = String::new();
     said.read_line(&mut line).unwrap();
@@ -263,7 +274,8 @@ async fn serve_says_where_answers_and_leaves_on_sigterm() {
     let (_, address) = line.split_once("http://").unwrap();
     let (address, _) = address.split_once(',').unwrap();
     let client = Client(address.parse().unwrap());
-    let body = json!({"input": "a fox<|gen|>", "controls": {"words": 20}, "max_tokens": 4});
+    let body = json!({"input": "a fox<|gen|>", "controls": {"words": 20}, "max_tokens": 4,
+        "ignore_eos": true});
     let reply = client.post("/v1/tasks/image/generate", &body).await;
     assert_eq!(reply.status, 200);
     assert_eq!(reply.json()["usage"]["completion_tokens"], 4);
@@ -312,7 +324,8 @@ fn training_stops_with_a_checkpoint_on_either_signal() {
     let (recipe, out) = (dir.path().join("train.toml"), dir.path().join("out"));
     let args = ["train", "--config", recipe.to_str().unwrap(), "--out", out.to_str().unwrap()];
     for (signal, start) in [("-TERM", "from step 0"), ("-INT", "from step ")] {
-        let mut training = shoal(&args).stderr(Stdio::piped()).spawn().unwrap();
+        let training = shoal(&args).stderr(Stdio::piped()).spawn();
+        let Running(training) = &mut Running(training.unwrap());
         let mut lines = BufReader::new(training.stderr.take().unwrap()).lines().map(Result::unwrap);
         let first = lines.next().unwrap();
         assert!(first.contains(start), "{first}");

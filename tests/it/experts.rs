@@ -169,22 +169,31 @@ async fn gates_choose_by_task_whatever_is_cached() {
     let forgetful = Server::over(dir.path(), Setup { settings, ..Setup::default() }).await;
     let prompt = json!((0..40).map(|i| i * 37 % 512).collect::<Vec<u32>>());
     let body = |task| greedy(BUNDLE, &prompt, task);
+    let plain = |task| {
+        let mut body = body(task);
+        body.as_object_mut().unwrap().remove("debug");
+        body
+    };
     let (mut seen, mut sums) = (Vec::new(), [0, 0]);
     for round in 0..2 {
         for task in [Some("image"), Some("music"), None] {
             let alone = choice(&forgetful, &body(task)).await;
-            let got = choice(&server, &body(task)).await;
-            assert_eq!((&got["text"], &got["logprobs"]), (&alone["text"], &alone["logprobs"]));
-            // All but the last token run; behind the last attention only those that a token follows.
             // The second time the prompt's two whole blocks are there.
-            assert_eq!(routed(&alone), [(0, 2 * 47), (2, 2 * 8)]);
+            let got = choice(&server, &plain(task)).await;
+            assert_eq!((&got["text"], &got["logprobs"]), (&alone["text"], &alone["logprobs"]));
             let cached = 32 * round;
-            assert_eq!(routed(&got), [(0, 2 * (47 - cached)), (2, 2 * 8)], "{task:?}");
-            sums[0] += 2 * (47 - cached);
-            sums[1] += 2 * 8;
-            seen.push(got);
+            // Whoever asks where rows went hears of all of them: nothing is taken from the cache.
+            let told = choice(&server, &body(task)).await;
+            assert_eq!(told["debug"]["routing"], alone["debug"]["routing"]);
+            // All but the last token run; behind the last attention only those that a token follows.
+            assert_eq!(routed(&told), [(0, 2 * 47), (2, 2 * 8)], "{task:?}");
+            sums[0] += 2 * (47 - cached) + 2 * 47;
+            sums[1] += 2 * 2 * 8;
+            seen.push(told);
         }
     }
+    let hits = server.metric("shoal_prefix_cache_hits_tokens_total").await;
+    assert_eq!(hits, 3.0 * 32.0, "each task found what it had computed itself");
     for (i, j) in [(0, 1), (0, 2), (1, 2)] {
         assert_ne!(seen[i]["logprobs"], seen[j]["logprobs"], "the tasks are alike");
         assert_ne!(seen[i]["debug"]["routing"], seen[j]["debug"]["routing"]);
