@@ -41,6 +41,12 @@ pub struct Bounds {
     pub max_bytes: usize,
 }
 
+impl Bounds {
+    /// None: for who runs a bundle once, as it is.
+    pub const NONE: Self =
+        Self { max_adapters: usize::MAX, max_rank: usize::MAX, max_bytes: usize::MAX };
+}
+
 impl Default for Bounds {
     fn default() -> Self {
         Self { max_adapters: 128, max_rank: 256, max_bytes: 1 << 30 }
@@ -96,6 +102,8 @@ pub struct Chosen {
     pub mix: Arc<Mix>,
     /// Name, generation and weight of each part.
     pub parts: Vec<(String, u64, f32)>,
+    /// The tasks that the mixtures of task adapters among them know.
+    pub tasks: Vec<String>,
 }
 
 /// All loaded adapters of one model.
@@ -318,7 +326,8 @@ impl Registry {
     pub fn one(&self, name: &str, task: Option<&str>) -> Result<Chosen> {
         let mut state = self.state();
         let (mix, generation) = state.mix(name, task)?;
-        Ok(Chosen { mix, parts: vec![(name.to_owned(), generation, 1.0)] })
+        let tasks = state.tasks_of(name);
+        Ok(Chosen { mix, parts: vec![(name.to_owned(), generation, 1.0)], tasks })
     }
 
     /// `Σ weight · adapter`; `None` for no adapters at all.
@@ -336,10 +345,11 @@ impl Registry {
             chosen.push((mix, *weight));
             parts.push((name.clone(), generation, *weight));
         }
+        let tasks = asked.iter().flat_map(|(name, _)| state.tasks_of(name)).collect();
         Ok(match &chosen[..] {
             [] => None,
-            [(mix, 1.0)] => Some(Chosen { mix: mix.clone(), parts }),
-            _ => Some(Chosen { mix: state.interned(&chosen), parts }),
+            [(mix, 1.0)] => Some(Chosen { mix: mix.clone(), parts, tasks }),
+            _ => Some(Chosen { mix: state.interned(&chosen), parts, tasks }),
         })
     }
 
@@ -381,6 +391,10 @@ impl State {
             }
         };
         Ok((mix, resident.info.generation))
+    }
+
+    fn tasks_of(&self, name: &str) -> Vec<String> {
+        self.adapters.get(name).map_or_else(Vec::new, |resident| resident.info.tasks.clone())
     }
 
     /// The mixture of these, the same one as long as it is remembered.
@@ -447,7 +461,7 @@ fn check_mixture(asked: &[(String, f32)]) -> Result<()> {
 
 fn unknown(name: &str) -> Error {
     let shown: String = name.chars().take(64).collect();
-    let message = format!("no adapter named {shown:?} is loaded; see /v1/adapters");
+    let message = format!("no adapter named {shown:?} is loaded; see /v1/models");
     Error::not_found(message).with_code("lora_adapter_not_found")
 }
 

@@ -90,7 +90,7 @@ impl Catalog {
         let gate = row.and_then(|row| engine.gate(row));
         if let (Some(named), None) = (&request.task, gate) {
             let gates = engine.experts().map_or(&[][..], |experts| &experts.tasks);
-            self.check_named(named, adapters.as_ref(), gates)?;
+            check_named(named, adapters.as_ref(), gates)?;
         }
         Ok(Target { raw, prompts: listing.prompts.clone(), adapters, gate, task })
     }
@@ -110,19 +110,6 @@ impl Catalog {
             }
             _ => Ok(None),
         }
-    }
-
-    /// Refuses the name of a task on which nothing depends.
-    fn check_named(&self, task: &str, chosen: Option<&Chosen>, gates: &[String]) -> Result<()> {
-        let all = self.adapters.as_ref().map_or_else(Vec::new, |adapters| adapters.list());
-        let part = |name: &String| chosen.is_some_and(|c| c.parts.iter().any(|p| p.0 == *name));
-        let mixed = all.into_iter().filter(|info| part(&info.name)).flat_map(|info| info.tasks);
-        let known: Vec<String> = gates.iter().cloned().chain(mixed).collect();
-        if known.iter().any(|name| name == task) {
-            return Ok(());
-        }
-        let allowed = if known.is_empty() { "none here".to_owned() } else { known.join(", ") };
-        Err(Error::invalid("task", format!("task is {task:?}; allowed: {allowed}")))
     }
 
     /// Adds a task, given the text of its file.
@@ -210,6 +197,17 @@ impl Catalog {
             None => Ok(()),
         }
     }
+}
+
+/// Refuses the name of a task on which nothing depends.
+fn check_named(task: &str, chosen: Option<&Chosen>, gates: &[String]) -> Result<()> {
+    let mixed = chosen.map_or(&[][..], |chosen| &chosen.tasks);
+    let known: Vec<&str> = gates.iter().chain(mixed).map(String::as_str).collect();
+    if known.contains(&task) {
+        return Ok(());
+    }
+    let allowed = if known.is_empty() { "none here".to_owned() } else { known.join(", ") };
+    Err(Error::invalid("task", format!("task is {task:?}; allowed: {allowed}")))
 }
 
 fn unknown(name: &str) -> Error {

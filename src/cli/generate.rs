@@ -137,7 +137,7 @@ pub fn run(args: &Generate) -> Result<Outcome> {
         args.request(task)
     };
     let end_of_text = bundle.end_of_text();
-    let adapters = bundle.registry(args.compute.dtype, Bounds::default(), metrics.clone())?;
+    let adapters = bundle.registry(args.compute.dtype, Bounds::NONE, metrics.clone())?;
     let adapters = Some(Arc::new(adapters));
     let service =
         Service::new(bundle.tasks, bundle.prompts, adapters, end_of_text, engine, metrics);

@@ -98,7 +98,7 @@ impl Probe {
         // A row that is taken over from another sequence is not computed, and would not be counted.
         let settings = Settings { prefix_cache: false, ..Settings::default() };
         let (engine, _) = bundle.start(options, settings, metrics.clone());
-        let adapters = bundle.registry(dtype, Bounds::default(), metrics)?;
+        let adapters = bundle.registry(dtype, Bounds::NONE, metrics)?;
         let mut state = engine.watch();
         let state = *block_on(state.wait_for(|&state| state != State::Loading))?;
         Ok((state == State::Ready).then_some(Self { engine, adapters, tokens: args.tokens }))

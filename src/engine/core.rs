@@ -244,6 +244,7 @@ impl<R: Runner> Core<R> {
             match self.take_scores(chunk, &mut scored).and(token) {
                 Ok(token) => self.take_rows(chunk, token, now),
                 Err(error) => {
+                    tracing::warn!(%error, sequence = %chunk.id, "a row failed");
                     let body = self.scheduler.remove(chunk.slot).body;
                     body.reply.end(Event::Failed(Error::internal("a row failed", error)));
                 }
@@ -273,7 +274,11 @@ impl<R: Runner> Core<R> {
         for (chunk, (_, range)) in chunks.iter().zip(ranges) {
             let body = &mut self.scheduler.seq_mut(chunk.slot).body;
             if body.job.report_experts {
-                meter.add(&mut body.experts, routing, self.input.tokens.len(), range);
+                // What runs again after preemption was counted before.
+                let known = body.routed.saturating_sub(chunk.start).min(chunk.rows);
+                let new = range.start + known..range.end;
+                meter.add(&mut body.experts, routing, self.input.tokens.len(), new);
+                body.routed = body.routed.max(chunk.start + chunk.rows);
             }
         }
     }

@@ -129,6 +129,8 @@ pub struct Body {
     pub scores: Vec<Option<TokenLogprob>>,
     /// Where its rows went so far, if that was asked for.
     pub experts: Vec<ExpertUse>,
+    /// How many positions are counted in that.
+    pub routed: usize,
     first_step: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
@@ -169,6 +171,7 @@ impl Body {
             scored: 0,
             scores,
             experts: Vec::new(),
+            routed: 0,
             first_step: None,
             first_token: None,
             last_token: None,

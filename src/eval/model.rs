@@ -52,7 +52,7 @@ impl Model {
         let end_of_text = end_of_text.context("the bundle names no end of text")?;
         let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
         let options = LoadOptions::default();
-        let adapters = bundle.registry(options.dtype, Bounds::default(), metrics.clone())?;
+        let adapters = bundle.registry(options.dtype, Bounds::NONE, metrics.clone())?;
         let (engine, _) = bundle.start(options, Settings::default(), metrics);
         let mut state = engine.watch();
         let state = *block_on(state.wait_for(|&state| state != State::Loading))?;
