@@ -7,11 +7,12 @@ mod adapters;
 use crate::adapter::registry::{Bounds, Registry, Wanted};
 use crate::adapter::{self, Loaded};
 use crate::config::{Dtype, bundle_id};
-use crate::engine::{self, EngineHandle, Settings};
+use crate::engine::{self, EngineHandle, Job, Settings};
 use crate::kernels::Precision;
 use crate::metrics::Metrics;
 use crate::model::{self, LoadOptions, Spec, Weights};
-use crate::task::TaskTable;
+use crate::task::{Task, TaskTable};
+use crate::telemetry;
 use crate::text::{END_OF_TEXT, Prompts, Tokenizer};
 use anyhow::{Result, anyhow, bail};
 use candle_core::DType;
@@ -99,6 +100,24 @@ pub fn check_all(registry: &Registry, names: &[String]) -> Result<()> {
         ),
         None => Ok(()),
     }
+}
+
+/// A job for `task` with its own sampling, adapter and gate, for commands that ask the engine themselves.
+pub fn job_of(
+    task: &Task,
+    prompt: Vec<u32>,
+    max_new: u32,
+    adapters: &Registry,
+    engine: &EngineHandle,
+) -> Result<Job> {
+    let one = |name: &String| adapters.one(name, Some(&task.name));
+    let chosen = task.adapter.as_ref().map(one).transpose()?;
+    let sampling = Arc::new(task.defaults.sampling());
+    Ok(Job {
+        adapters: chosen.map(|chosen| chosen.mix),
+        gate: engine.gate(&task.name),
+        ..Job::new(task.id, prompt, sampling, max_new, telemetry::now())
+    })
 }
 
 /// Where model and tokenizer do not fit together.

@@ -43,16 +43,6 @@ impl Module {
     /// All of them, in the order of a block.
     pub const ALL: [Self; 4] = [Self::Qkv, Self::AttnProj, Self::FcIn, Self::FcOut];
 
-    /// Width of its input and of its output in a model of width `d` and inner width `inner`.
-    pub fn sizes(self, d: usize, inner: usize) -> (usize, usize) {
-        match self {
-            Self::Qkv => (d, 3 * d),
-            Self::AttnProj => (d, d),
-            Self::FcIn => (d, inner),
-            Self::FcOut => (inner, d),
-        }
-    }
-
     /// Its name in Hugging Face's GPT-2, below the block.
     pub fn name(self) -> &'static str {
         match self {

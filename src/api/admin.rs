@@ -122,11 +122,7 @@ pub async fn add_task(
 /// is still writing would not hear the answer.
 async fn authorised(app: &App, headers: &HeaderMap, body: Body) -> Result<(Fields, Admin)> {
     let body = read_body(body, &app.limits).await?;
-    let Some(admin) = &app.admin else {
-        let message =
-            "administration is off; the server was started without --enable-adapter-admin";
-        return Err(Error::new(Kind::Forbidden, message));
-    };
+    let admin = enabled(app)?;
     admin.check(headers)?;
     Ok((json_fields(headers, &body)?, admin.clone()))
 }

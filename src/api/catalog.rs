@@ -176,18 +176,16 @@ impl Catalog {
         self.adapters.as_ref().ok_or_else(none)
     }
 
+    /// Refuses one task too many, and a name that a task, the bundle or an adapter has.
     fn check_new(&self, name: &str, now: &Listing) -> Result<()> {
-        if now.tasks.names().len() > MAX_TASKS {
+        if now.tasks.iter().count() > MAX_TASKS {
             let message = format!("there are {MAX_TASKS} tasks already, which is the most");
             return Err(Error::new(Kind::Conflict, message));
         }
-        self.check_free(name)
-    }
-
-    /// Refuses a name that a task, the bundle or an adapter has.
-    fn check_free(&self, name: &str) -> Result<()> {
-        let adapter = self.adapters.as_ref().is_some_and(|adapters| adapters.contains(name));
-        if adapter { Err(taken(name, "an adapter")) } else { self.check_no_task(name) }
+        if self.adapters.as_ref().is_some_and(|adapters| adapters.contains(name)) {
+            return Err(taken(name, "an adapter"));
+        }
+        self.check_no_task(name)
     }
 
     /// Refuses a name that a task or the bundle has.

@@ -2,9 +2,10 @@
 //! experts as asked for. What a model of that shape costs does not depend on what it knows.
 
 use crate::adapter::{self, Module};
+use crate::kernels::Precision;
 use crate::model::init::{fresh, upcycle};
 use crate::model::spec::{Gate, Moe};
-use crate::model::{Spec, weights};
+use crate::model::{Spec, adapter_shape, weights};
 use crate::text::END_OF_TEXT;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -85,18 +86,17 @@ pub fn make(args: &Make) -> Result<()> {
     let dir = args.out.as_ref().context("--make-bundle needs --out, the folder to write")?;
     ensure!(args.experts != 1, "--experts must be 2 or more");
     let dense = shape.spec();
-    let tensors = fresh(&dense, 1)?;
-    if args.experts == 0 {
-        weights::save(dir, &dense, &tensors, DType::BF16)?;
-    } else {
-        let spec = with_experts(&dense, args);
-        weights::save(dir, &spec, &upcycle(&spec, &tensors, 0.5, 2)?, DType::BF16)?;
+    let spec = if args.experts == 0 { dense.clone() } else { with_experts(&dense, args) };
+    let mut tensors = fresh(&dense, 1)?;
+    if spec.moe.is_some() {
+        tensors = upcycle(&spec, &tensors, 0.5, 2)?;
         write_tasks(dir)?;
     }
+    weights::save(dir, &spec, &tensors, DType::BF16)?;
     write_tokenizer(dir, dense.vocab)?;
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
     for i in 0..args.adapters {
-        let changes = random_changes(&dense, args, i as u64)?;
+        let changes = random_changes(&spec, args.adapter_rank, i as u64)?;
         let folder = dir.join("adapters").join(format!("adapter-{i}"));
         adapter::save(&folder, &name, args.adapter_rank, dense.layers, &changes)?;
     }
@@ -125,7 +125,7 @@ fn write_tasks(dir: &Path) -> Result<()> {
 
 fn random_changes(
     spec: &Spec,
-    args: &Make,
+    r: usize,
     seed: u64,
 ) -> Result<BTreeMap<(usize, Module), adapter::Change>> {
     let mut rng = SmallRng::seed_from_u64(seed);
@@ -134,12 +134,12 @@ fn random_changes(
         Tensor::from_vec(values, shape, &Device::Cpu)
     };
     let mut changes = BTreeMap::new();
+    let shape = adapter_shape(spec, Precision::Bf16);
     for layer in 0..spec.layers {
-        let moe = args.experts > 0 && layer % 2 == 1;
-        for module in Module::ALL.into_iter().filter(|module| !(moe && module.is_mlp())) {
-            let (inputs, outputs) = module.sizes(spec.width, spec.inner);
-            let (r, key) = (args.adapter_rank, (layer, module));
-            changes.insert(key, (random((inputs, r))?, random((r, outputs))?));
+        for module in Module::ALL.into_iter().filter(|&module| shape.has(layer, module)) {
+            let (inputs, outputs) = shape.sizes(module);
+            let change = (random((inputs, r))?, random((r, outputs))?);
+            changes.insert((layer, module), change);
         }
     }
     Ok(changes)

@@ -10,7 +10,7 @@ use futures::executor::block_on;
 use shoal::adapter::Loaded;
 use shoal::adapter::registry::{Bounds, Registry};
 use shoal::bench::inputs;
-use shoal::bundle::Bundle;
+use shoal::bundle::{Bundle, job_of};
 use shoal::config::{Compute, DEFAULT_BUNDLE};
 use shoal::engine::{EngineHandle, Event, Job, Settings, State};
 use shoal::metrics::Metrics;
@@ -128,17 +128,12 @@ impl Probe {
         let context = self.engine.ready()?.context;
         prompt.truncate(context);
         let max_new = self.tokens.min((context - prompt.len()) as u32);
-        let one = |name: &String| self.adapters.one(name, Some(&task.name));
-        let chosen = task.adapter.as_ref().map(one).transpose()?;
-        let sampling = Arc::new(task.defaults.sampling());
         Ok(Job {
-            adapters: chosen.map(|chosen| chosen.mix),
-            gate: self.engine.gate(&task.name),
             seed,
             report_experts: true,
             // Otherwise the last layer computes no more of a prompt than its end.
             score_prompt: Some(0),
-            ..Job::new(task.id, prompt, sampling, max_new, telemetry::now())
+            ..job_of(task, prompt, max_new, &self.adapters, &self.engine)?
         })
     }
 

@@ -55,10 +55,10 @@ impl PrefixIndex {
     /// Notes that `block` holds `tokens` after `parent`, unless another block is known to. Gives the
     /// place that they lead to.
     pub fn insert(&mut self, parent: Node, tokens: &[u32], block: BlockId) -> Node {
-        if let Some((_, node)) = self.find(parent, tokens) {
-            return node;
-        }
         let content: Content = (parent, tokens.into());
+        if let Some(&(_, number)) = self.blocks.get(&content) {
+            return Node::Block(number);
+        }
         let number = self.next;
         self.next += 1;
         self.blocks.insert(content.clone(), (block, number));

@@ -2,7 +2,7 @@
 //! under way, as a busy server would have them.
 
 use crate::adapter::registry::{Bounds, Registry};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, job_of};
 use crate::engine::{EngineHandle, Event, Job, Settings, State};
 use crate::metrics::Metrics;
 use crate::model::LoadOptions;
@@ -86,17 +86,12 @@ impl Model {
     pub fn job(&self, task: &Task, prompt: Vec<u32>, seed: u64) -> Result<Job> {
         let Params { max_tokens, min_tokens, .. } = task.defaults;
         let room = self.context.saturating_sub(prompt.len()) as u32;
-        let sampling = Arc::new(task.defaults.sampling());
         let max_new = max_tokens.map_or(room, |most| most.min(room));
-        let one = |name: &String| self.adapters.one(name, Some(&task.name));
-        let chosen = task.adapter.as_ref().map(one).transpose()?;
         Ok(Job {
-            adapters: chosen.map(|chosen| chosen.mix),
-            gate: self.engine.gate(&task.name),
             seed,
             min_new: min_tokens.unwrap_or(0),
             stop_ids: Arc::new([self.end_of_text]),
-            ..Job::new(task.id, prompt, sampling, max_new, telemetry::now())
+            ..job_of(task, prompt, max_new, &self.adapters, &self.engine)?
         })
     }
 

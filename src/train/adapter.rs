@@ -19,7 +19,7 @@ use super::recipe::{Optimizer, Stage};
 use super::run::device;
 use crate::adapter::{Change, Module};
 use crate::kernels::{Ops, Precision};
-use crate::model::{CausalPacked, Decoder, Pass, Site, Spec, Weights};
+use crate::model::{CausalPacked, Decoder, Pass, Site, Spec, Weights, adapter_shape};
 use anyhow::{Result, ensure};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use examples::Examples;
@@ -27,6 +27,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use target::Target;
+
+/// What matrix products are rounded to.
+const PRECISION: Precision = Precision::Bf16;
 
 /// What a finished run says of itself.
 #[derive(Clone, Debug)]
@@ -81,7 +84,7 @@ struct Learner<'a> {
 impl<'a> Learner<'a> {
     fn new(recipe: &Recipe, weights: &Weights, stop: &'a AtomicBool) -> Result<Self> {
         let (device, spec) = (device()?, weights.spec());
-        let ops = Ops::new(&device, Precision::Bf16);
+        let ops = Ops::new(&device, PRECISION);
         let decoder = Decoder::new(spec, weights.var_builder(&device), ops)?;
         let shapes = variables(spec, &recipe.adapter);
         ensure!(
@@ -244,11 +247,10 @@ fn changes(values: &BTreeMap<String, Tensor>, layers: usize) -> BTreeMap<(usize,
 
 fn variables(spec: &Spec, settings: &Settings) -> Vec<(String, Vec<usize>)> {
     let mut all = Vec::new();
+    let shape = adapter_shape(spec, PRECISION);
     for layer in 0..spec.layers {
-        let experts = spec.moe_of(layer).is_some();
-        // Where experts are, there is no one feed-forward network to change.
-        for module in settings.modules().into_iter().filter(|m| !(experts && m.is_mlp())) {
-            let (inputs, outputs) = module.sizes(spec.width, spec.inner);
+        for module in settings.modules().into_iter().filter(|&module| shape.has(layer, module)) {
+            let (inputs, outputs) = shape.sizes(module);
             all.push((variable(layer, module, "A"), vec![inputs, settings.rank]));
             all.push((variable(layer, module, "B"), vec![settings.rank, outputs]));
         }

@@ -6,6 +6,7 @@ use crate::adapter::{Change, Module, save};
 use crate::config::bundle_id;
 use crate::task::Task;
 use crate::train::checkpoint::replace;
+use crate::train::tokenizer::WORDS;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::fs;
@@ -82,7 +83,9 @@ fn task_text(recipe: &Recipe, layout: &Layout) -> String {
     let mut text = task.to_string();
     if layout.has_words() {
         text += "\n# How long the text shall be, in words; without it the model chooses.\n\
-                 [controls.words]\nkind = \"integer\"\nrange = [3, 60]\ntoken = \"<|words:{}|>\"\n";
+                 [controls.words]\nkind = \"integer\"\n";
+        text += &format!("range = [{}, {}]\n", WORDS.start(), WORDS.end());
+        text += "token = \"<|words:{}|>\"\n";
     }
     text + "\n[defaults]\ntemperature = 0.7\ntop_p = 0.9\nmax_tokens = 128\n"
 }
