@@ -11,10 +11,10 @@ mod target;
 
 pub use settings::{Recipe, Settings};
 
-use super::batch::{self, Batch};
+use super::batch::Batch;
 use super::draws::Draws;
-use super::objective::Sequence;
-use super::params::{Gradients, Params, learning_rate};
+use super::learner::{Learn, Learner};
+use super::params::{Params, learning_rate};
 use super::recipe::{Optimizer, Stage};
 use super::run::device;
 use crate::adapter::{Change, Module};
@@ -52,36 +52,46 @@ pub fn run(recipe: &Recipe, out: &Path, stop: &AtomicBool) -> Result<Summary> {
     let weights = Weights::open(&recipe.base)?;
     let spec = weights.spec();
     let examples = Examples::read(recipe, spec)?;
-    let learner = Learner::new(recipe, &weights, stop)?;
+    let apprentice = Apprentice::new(recipe, &weights, stop)?;
     eprintln!(
         "{}: rank {}, {} parameters over {} frozen ones; {} examples, {} held out",
         recipe.task,
         recipe.adapter.rank,
-        learner.params.count(),
+        apprentice.learner.params.count(),
         spec.parameters(),
         examples.training.len(),
         examples.held_out.len()
     );
-    let before = learner.evaluate(&examples.held_out)?;
-    let (best, after) = learner.train(recipe, &examples, before)?;
-    learner.go_on()?;
+    let before = apprentice.held_out(&examples)?;
+    let (best, after) = apprentice.train(recipe, &examples, before)?;
+    apprentice.go_on()?;
     target.write(recipe, spec.layers, &changes(&best, spec.layers), &examples.layout)?;
     Ok(Summary { adapter: target.adapter, task: target.task, before, after })
 }
 
-/// A frozen base and the variables of an adapter.
-struct Learner<'a> {
-    decoder: Decoder,
-    params: Params,
-    ops: Ops,
-    device: Device,
+/// A frozen base, and an adapter that learns.
+struct Apprentice<'a> {
+    learner: Learner,
     batch_tokens: usize,
     /// The task as the base's gates count it, if they know it: it is served by the same.
     gate: Option<u32>,
     stop: &'a AtomicBool,
 }
 
-impl<'a> Learner<'a> {
+impl Learn for Apprentice<'_> {
+    fn learner(&self) -> &Learner {
+        &self.learner
+    }
+
+    fn loss(&self, batch: &Batch) -> Result<Tensor> {
+        self.go_on()?;
+        let (causal, params) = (self.learner.causal(batch), &self.learner.params);
+        let gates = vec![self.gate; batch.tokens.len()];
+        self.learner.loss_in(&mut Adapted { causal, params, gates }, batch)
+    }
+}
+
+impl<'a> Apprentice<'a> {
     fn new(recipe: &Recipe, weights: &Weights, stop: &'a AtomicBool) -> Result<Self> {
         let (device, spec) = (device()?, weights.spec());
         let ops = Ops::new(&device, PRECISION);
@@ -95,8 +105,8 @@ impl<'a> Learner<'a> {
         );
         let params = Params::from_tensors(&shapes, &initial(&shapes, recipe.seed)?, &device)?;
         let gate = spec.tasks.iter().position(|task| *task == recipe.task).map(|i| i as u32);
-        let batch_tokens = recipe.adapter.batch_tokens;
-        Ok(Self { decoder, params, ops, device, batch_tokens, gate, stop })
+        let learner = Learner::over(decoder, params, ops, &device);
+        Ok(Self { learner, batch_tokens: recipe.adapter.batch_tokens, gate, stop })
     }
 
     /// An error once it is to stop.
@@ -105,44 +115,11 @@ impl<'a> Learner<'a> {
         Ok(())
     }
 
-    fn loss(&self, batch: &Batch) -> Result<Tensor> {
-        self.go_on()?;
-        let tokens = Tensor::new(batch.tokens.as_slice(), &self.device)?;
-        let positions = Tensor::new(batch.positions.as_slice(), &self.device)?;
-        let heads = self.decoder.spec().heads;
-        let causal = CausalPacked { ops: self.ops, seq_starts: &batch.starts, heads };
-        let gates = vec![self.gate; batch.tokens.len()];
-        let mut pass = Adapted { causal, params: &self.params, gates };
-        let hidden = self.decoder.hidden(&tokens, &positions, &mut pass)?;
-        Ok(self.ops.cross_entropy(&hidden, self.decoder.head()?, &batch.targets)?)
-    }
-
-    /// Mean loss in nats a token; `None` for no sequences.
-    fn evaluate(&self, sequences: &[Sequence]) -> Result<Option<f64>> {
-        let (mut loss, mut learnt) = (0.0, 0.0);
-        for batch in batch::group(sequences, self.batch_tokens) {
-            let weight = batch.learnt() as f64;
-            loss += f64::from(self.loss(&batch)?.to_scalar::<f32>()?) * weight;
-            learnt += weight;
-        }
-        Ok((learnt > 0.0).then(|| loss / learnt))
-    }
-
-    fn step(&self, sequences: &[Sequence], lr: f64, number: usize) -> Result<f64> {
-        let mut sums = Gradients::default();
-        let (mut loss, mut learnt) = (0.0, 0.0);
-        for batch in batch::group(sequences, self.batch_tokens) {
-            let weight = batch.learnt() as f64;
-            let mean = self.loss(&batch)?;
-            self.params.accumulate(&mut sums, &self.ops.backward(&mean)?, weight)?;
-            loss += f64::from(mean.to_scalar::<f32>()?) * weight;
-            learnt += weight;
-        }
-        ensure!((loss / learnt).is_finite(), "the loss is not finite: the run diverged");
-        // There is little to overfit that decay would help with, and zero is where B begins.
-        let constants = Optimizer { weight_decay: 0.0, ..Optimizer::default() };
-        self.params.step(&sums, &constants, lr, number)?;
-        Ok(loss / learnt)
+    /// Mean loss in nats a token on the held-out examples; `None` if there are none.
+    fn held_out(&self, examples: &Examples) -> Result<Option<f64>> {
+        let held_out = &examples.held_out;
+        let loss = || self.evaluate(held_out, self.batch_tokens);
+        (!held_out.is_empty()).then(loss).transpose()
     }
 
     /// Trains through all epochs. Gives the variables of the epoch whose held-out loss was least (of the
@@ -154,18 +131,21 @@ impl<'a> Learner<'a> {
         before: Option<f64>,
     ) -> Result<(BTreeMap<String, Tensor>, Option<f64>)> {
         let schedule = schedule(&recipe.adapter, examples);
+        // There is little to overfit that decay would help with, and zero is where B begins.
+        let constants = Optimizer { weight_decay: 0.0, ..Optimizer::default() };
         let mut best = (self.copy()?, before);
         let mut number = 0;
         for epoch in 0..recipe.adapter.epochs {
             let mut draws = Draws::at(&[recipe.seed, u64::from(epoch)]);
             let (mut loss, mut steps) = (0.0, 0u32);
             for sequences in examples.epoch(self.batch_tokens, &mut draws)? {
-                loss +=
-                    self.step(&sequences, learning_rate(&schedule, number), number as usize + 1)?;
+                let lr = learning_rate(&schedule, number);
                 number += 1;
+                let step = number as usize;
+                loss += self.step(&sequences, self.batch_tokens, &constants, lr, step)?.0;
                 steps += 1;
             }
-            let held_out = self.evaluate(&examples.held_out)?;
+            let held_out = self.held_out(examples)?;
             let shown = held_out.map_or_else(|| "-".to_owned(), |loss| format!("{loss:.3}"));
             eprintln!(
                 "epoch {} of {}: loss {:.3}, held out {shown}",
@@ -181,7 +161,7 @@ impl<'a> Learner<'a> {
     }
 
     fn copy(&self) -> Result<BTreeMap<String, Tensor>> {
-        let values = self.params.values().into_iter();
+        let values = self.learner.params.values().into_iter();
         values.map(|(name, value)| Ok((name, value.copy()?))).collect()
     }
 }

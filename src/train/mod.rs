@@ -1,7 +1,7 @@
 //! Training: from a recipe and data to a bundle.
 //!
 //! Reading order: [`recipe`] (what is wanted), [`data`] and [`sources`] (rows to sequences),
-//! [`objective`] (what is learnt of an example), [`run`] (the loop), [`export`] (the bundle), [`adapter`]
+//! [`objective`] (what is learnt of an example), [`learner`] (a step), [`run`] (the loop), [`export`] (the bundle), [`adapter`]
 //! (a LoRA for one more task). Training runs the decoder that serves ([`crate::model::Decoder`]) over differentiable operations
 //! ([`crate::kernels::Ops`]); nothing here knows requests or sockets.
 
@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod draws;
 pub mod export;
+pub mod learner;
 pub mod objective;
 pub mod params;
 pub mod passages;

@@ -4,23 +4,21 @@
 //! processor's instruction set (which sets the order of sums) alone. Where it was stopped and resumed
 //! leaves no trace.
 
-use super::batch::{self, Batch};
 use super::checkpoint::{self, Checkpoint, Position};
 use super::data::{self, Row};
 use super::export;
+use super::learner::{Learn, Learner};
 use super::objective::Sequence;
-use super::params::{Gradients, Params, learning_rate};
-use super::recipe::{self, Recipe, Stage};
+use super::params::{Params, learning_rate};
+use super::recipe::{Recipe, Stage};
 use super::report::{Entry, Report};
 use super::signals;
 use super::sources::{Maker, Mixer, Source, texts_of};
 use super::tokenizer::{self, Codec};
-use crate::kernels::{Ops, Precision};
-use crate::model::{CausalPacked, Decoder, Spec};
+use crate::model::Spec;
 use crate::telemetry;
 use anyhow::{Context, Result, ensure};
-use candle_core::backprop::GradStore;
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,83 +60,6 @@ struct Sides {
 
 /// Data by name.
 type Rows = BTreeMap<String, Sides>;
-
-/// A model in training.
-pub struct Learner {
-    /// Its variables.
-    pub params: Params,
-    decoder: Decoder,
-    ops: Ops,
-    device: Device,
-}
-
-impl Learner {
-    /// A decoder over these variables.
-    pub fn new(
-        spec: &Spec,
-        params: Params,
-        precision: recipe::Precision,
-        device: &Device,
-    ) -> Result<Self> {
-        let precision = match precision {
-            recipe::Precision::Bf16 => Precision::Bf16,
-            recipe::Precision::F32 => Precision::F32,
-        };
-        let ops = Ops::new(device, precision);
-        let decoder = Decoder::new(spec, params.var_builder()?, ops)?;
-        Ok(Self { params, decoder, ops, device: device.clone() })
-    }
-
-    /// Mean loss over the learnt rows of a batch.
-    pub fn loss(&self, batch: &Batch) -> Result<Tensor> {
-        let tokens = Tensor::new(batch.tokens.as_slice(), &self.device)?;
-        let positions = Tensor::new(batch.positions.as_slice(), &self.device)?;
-        let heads = self.decoder.spec().heads;
-        let mut attend = CausalPacked { ops: self.ops, seq_starts: &batch.starts, heads };
-        let hidden = self.decoder.hidden(&tokens, &positions, &mut attend)?;
-        Ok(self.ops.cross_entropy(&hidden, self.decoder.head()?, &batch.targets)?)
-    }
-
-    /// Gradients of all variables that a loss depends on.
-    pub fn gradients(&self, loss: &Tensor) -> Result<GradStore> {
-        Ok(self.ops.backward(loss)?)
-    }
-
-    /// One optimiser step over the sequences; gives mean loss and gradient norm.
-    pub fn step(
-        &self,
-        sequences: &[Sequence],
-        micro_tokens: usize,
-        constants: &recipe::Optimizer,
-        lr: f64,
-        number: usize,
-    ) -> Result<(f64, f64)> {
-        let mut sums = Gradients::default();
-        let (mut loss, mut learnt) = (0.0, 0.0);
-        for batch in batch::group(sequences, micro_tokens) {
-            let weight = batch.learnt() as f64;
-            let mean = self.loss(&batch)?;
-            let grads = self.gradients(&mean)?;
-            self.params.accumulate(&mut sums, &grads, weight)?;
-            loss += f64::from(mean.to_scalar::<f32>()?) * weight;
-            learnt += weight;
-        }
-        ensure!((loss / learnt).is_finite(), "the loss is not finite: the run diverged");
-        let norm = self.params.step(&sums, constants, lr, number)?;
-        Ok((loss / learnt, norm))
-    }
-
-    /// Mean loss over sequences, without learning.
-    pub fn evaluate(&self, sequences: &[Sequence], micro_tokens: usize) -> Result<f64> {
-        let (mut loss, mut learnt) = (0.0, 0.0);
-        for batch in batch::group(sequences, micro_tokens) {
-            let weight = batch.learnt() as f64;
-            loss += f64::from(self.loss(&batch)?.to_scalar::<f32>()?) * weight;
-            learnt += weight;
-        }
-        Ok(loss / learnt)
-    }
-}
 
 /// Runs a recipe from its start or from the checkpoint in the output folder.
 pub fn run(job: &Job) -> Result<Outcome> {

@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::adapter::{Limits, load};
+use crate::model::init;
 use crate::model::spec::{Gate, Moe};
-use crate::model::{adapter_shape, init};
+use crate::train::objective::Sequence;
 use std::fs;
 use tempfile::TempDir;
 
@@ -105,11 +106,11 @@ fn a_task_that_the_gates_know_is_trained_by_its_own_gate() {
     let mut losses = Vec::new();
     for (task, gate) in [("a", Some(0)), ("b", Some(1)), ("mine", None)] {
         let recipe = recipe(base.path(), task, &["attn.c_attn"]);
-        let learner = Learner::new(&recipe, &weights, &stop).unwrap();
-        let (ops, decoder) = (learner.ops, &learner.decoder);
-        let causal = CausalPacked { ops, seq_starts: &batch.starts, heads: 2 };
+        let learner = Apprentice::new(&recipe, &weights, &stop).unwrap();
+        let Learner { ops, decoder, device, .. } = &learner.learner;
+        let causal = CausalPacked { ops: *ops, seq_starts: &batch.starts, heads: 2 };
         let mut pass = Served(causal, vec![gate; batch.tokens.len()]);
-        let rows = |ids: &[u32]| Tensor::new(ids, &learner.device).unwrap();
+        let rows = |ids: &[u32]| Tensor::new(ids, device).unwrap();
         let (tokens, positions) = (rows(&batch.tokens), rows(&batch.positions));
         let hidden = decoder.hidden(&tokens, &positions, &mut pass).unwrap();
         let head = decoder.head().unwrap();
