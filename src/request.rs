@@ -5,15 +5,17 @@
 //! over each other. [`Params::check`] refuses what is out of range before any work is done.
 
 use crate::error::{Error, Result};
+use crate::telemetry::Record;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a client asks for, whichever wire it came by.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// `x-request-id`, given or made.
-    pub id: String,
+    /// Its id, its arrival, and what is found out about it.
+    pub record: Arc<Record>,
     /// A task's name; the bundle's id or an adapter's name for raw text.
     pub model: String,
     /// Adapters with their weights, in place of the task's own; none of them is the base alone.
@@ -31,8 +33,6 @@ pub struct Request {
     /// What `max_tokens` is where neither the request nor the task says; `None` is all that the
     /// context leaves.
     pub usual_max_tokens: Option<u32>,
-    /// When the request reached us.
-    pub arrived: Instant,
     /// The whole request must end by then.
     pub deadline: Option<Instant>,
     /// The first token must be out by then.

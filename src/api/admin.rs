@@ -1,17 +1,19 @@
 //! What changes a running server: adapters come and go, tasks come. Off unless it was enabled, and then
 //! for those alone who hold the admin key. Which folders may be read is the server's to say, not theirs.
 
-use super::call::{json_fields, read_body};
-use super::fields::{Fields, missing};
 use super::http::App;
-use super::listing::{adapter_entry, task_entry};
-use super::respond::json;
-use crate::adapter::registry::{Wanted, confined};
+use super::http::call::{json_fields, read_body};
+use super::http::fields::{Fields, missing};
+use super::http::respond::{json, reply};
+use super::native::task_entry;
+use crate::adapter::registry::{Info, Wanted, confined};
 use crate::error::{Error, Kind, Result};
+use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
+use axum::routing::{get, post};
 use serde_json::{Value, json as value};
 use sha2::{Digest, Sha256};
 use std::path::PathBuf;
@@ -49,9 +51,18 @@ impl Admin {
     }
 }
 
+/// The routes for administrators.
+pub fn routes() -> Router<Arc<App>> {
+    Router::new()
+        .route("/v1/adapters", get(list))
+        .route("/v1/load_lora_adapter", post(load))
+        .route("/v1/unload_lora_adapter", post(unload))
+        .route("/v1/tasks", post(add_task))
+}
+
 /// `POST /v1/load_lora_adapter`: `{"lora_name", "lora_path", "load_inplace", "expected_generation",
 /// "pinned"}`, as vLLM has it and a little more. The path is below the adapter root.
-pub async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
+async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
     let (mut fields, admin) = authorised(&app, &headers, body).await?;
     let name: String = fields.take("lora_name")?.ok_or_else(|| missing("lora_name"))?;
     let path: String = fields.take("lora_path")?.ok_or_else(|| missing("lora_path"))?;
@@ -73,15 +84,11 @@ pub async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
     let loaded = tokio::task::spawn_blocking(load).await;
     let info = loaded.map_err(|e| Error::internal("an adapter was not loaded", e))??;
     tracing::info!(adapter = info.name, generation = info.generation, "adapter loaded");
-    Ok(json(StatusCode::OK, adapter_entry(&info).to_string().into_bytes()))
+    Ok(reply(&adapter_entry(&info)))
 }
 
 /// `POST /v1/unload_lora_adapter`: `{"lora_name", "expected_generation"}`.
-pub async fn unload(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response> {
+async fn unload(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
     let (mut fields, _) = authorised(&app, &headers, body).await?;
     let name: String = fields.take("lora_name")?.ok_or_else(|| missing("lora_name"))?;
     let expected_generation = fields.take("expected_generation")?;
@@ -90,24 +97,19 @@ pub async fn unload(
     fields.finish()?;
     let info = app.service.catalog().unload_adapter(&name, expected_generation)?;
     tracing::info!(adapter = info.name, generation = info.generation, "adapter unloaded");
-    Ok(json(StatusCode::OK, adapter_entry(&info).to_string().into_bytes()))
+    Ok(reply(&adapter_entry(&info)))
 }
 
 /// `GET /v1/adapters`: those that are loaded, with their generations.
-pub async fn list(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response> {
+async fn list(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response> {
     enabled(&app)?.check(&headers)?;
-    let adapters = app.service.catalog().adapters().map_or_else(Vec::new, |all| all.list());
+    let adapters = app.service.catalog().adapter_list();
     let data: Vec<Value> = adapters.iter().map(adapter_entry).collect();
-    let body = value!({"object": "list", "data": data});
-    Ok(json(StatusCode::OK, body.to_string().into_bytes()))
+    Ok(reply(&value!({"object": "list", "data": data})))
 }
 
 /// `POST /v1/tasks`: `{"name", "toml"}`, the text of a task file.
-pub async fn add_task(
-    State(app): State<Arc<App>>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response> {
+async fn add_task(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
     let (mut fields, _) = authorised(&app, &headers, body).await?;
     let name: String = fields.take("name")?.ok_or_else(|| missing("name"))?;
     let text: String = fields.take("toml")?.ok_or_else(|| missing("toml"))?;
@@ -141,4 +143,18 @@ fn check_base(fields: &mut Fields, app: &App) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// An adapter as it is listed.
+fn adapter_entry(info: &Info) -> Value {
+    value!({
+        "id": info.name,
+        "object": "adapter",
+        "generation": info.generation,
+        "kind": info.kind,
+        "rank": info.rank,
+        "bytes": info.bytes,
+        "pinned": info.pinned,
+        "tasks": info.tasks,
+    })
 }

@@ -57,6 +57,11 @@ impl Catalog {
         self.adapters.as_ref()
     }
 
+    /// The adapters that are loaded.
+    pub fn adapter_list(&self) -> Vec<Info> {
+        self.adapters.as_ref().map_or_else(Vec::new, |adapters| adapters.list())
+    }
+
     /// The task of this name, or the bundle itself for an adapter's name.
     pub fn find(&self, name: &str) -> Result<(Arc<Task>, Arc<Listing>)> {
         let listing = self.listing();

@@ -13,8 +13,8 @@ use crate::ids::{GAMMA, mix, random};
 use crate::metrics::{Metrics, RequestMeter};
 use crate::request::{Params, Request};
 use crate::task::{Task, TaskTable};
-use crate::telemetry::now;
-use crate::text::{Prompt, Prompts};
+use crate::telemetry::{Record, now};
+use crate::text::{Prompt, Prompts, Tokenizer};
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -76,7 +76,7 @@ impl Service {
 
     /// Hands a request to the engine; all that can be wrong with it is known when this returns.
     pub async fn submit(&self, request: Request) -> Result<Ticket> {
-        let mut meter = RequestMeter::new(self.metrics.clone(), request.arrived);
+        let mut meter = RequestMeter::new(self.metrics.clone(), request.record.clone());
         match self.admit(request, &mut meter).await {
             Ok((terms, sources)) => Ok(Ticket::new(terms, sources, meter)),
             Err(error) => {
@@ -87,9 +87,14 @@ impl Service {
         }
     }
 
+    /// Turns text into tokens and back.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        self.encoder.tokenizer()
+    }
+
     /// Counts a request that was refused before it could be understood.
-    pub fn count_refused(&self, error: &Error) {
-        self.metrics.count_request(None, error.kind.row().outcome);
+    pub fn count_refused(&self, record: &Arc<Record>, error: &Error) {
+        RequestMeter::new(self.metrics.clone(), record.clone()).end(error.kind.row().outcome);
     }
 
     async fn admit(
@@ -101,6 +106,11 @@ impl Service {
         meter.task(&found.0, &request.controls);
         let capacity = self.engine.ready()?;
         let target = self.catalog.target(&request, found, &self.engine)?;
+        request.record.note(|facts| {
+            facts.model = Some(request.model.clone());
+            let parts = target.adapters.iter().flat_map(|chosen| &chosen.parts);
+            facts.adapters = parts.map(|(name, ..)| name.clone()).collect();
+        });
         let task = &target.task;
         let params = merged(&request.params, task);
         params.check()?;
@@ -117,7 +127,7 @@ impl Service {
             .map(|(events, (max_new, echo))| Source { events, max_new, echo })
             .collect();
         let terms = Terms {
-            id: request.id,
+            record: request.record,
             model: request.model,
             tokenizer: self.encoder.tokenizer().clone(),
             stop: params.stop.unwrap_or_default(),
@@ -212,7 +222,7 @@ impl Service {
                     min_new: lengths.min_new,
                     stop_ids: stop_ids.clone(),
                     score_prompt: params.logprobs.filter(|_| echoes),
-                    arrived: request.arrived,
+                    arrived: request.record.arrived,
                     deadline: request.deadline,
                     first_token_deadline: first_token_deadline.take(),
                 };

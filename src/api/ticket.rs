@@ -5,11 +5,11 @@
 //! closes its receivers, which *is* cancellation, and records the request exactly once. Every generated
 //! token gives exactly one chunk; the last one of a choice carries its finish reason.
 
-use super::logprobs::{Logprobs, Scribe};
 use crate::engine::Event;
 use crate::error::{Error, Kind, Result};
 use crate::metrics::RequestMeter;
-use crate::request::{ExpertUse, Finish, Timing, Usage};
+use crate::request::{ExpertUse, Finish, Timing, TokenLogprob, Usage};
+use crate::telemetry::Record;
 use crate::text::{Incremental, Tokenizer};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -26,9 +26,28 @@ pub struct Chunk {
     /// More of its text; empty while a character or a possible stop string is incomplete.
     pub text: String,
     /// If asked for.
-    pub logprobs: Option<Logprobs>,
-    /// Only in the choice's last chunk.
+    pub logprobs: Option<Vec<ScoredToken>>,
+    /// Only in the choice's last chunk, which always has it.
     pub end: Option<End>,
+}
+
+impl Chunk {
+    fn empty(index: usize) -> Self {
+        Self { index, text: String::new(), logprobs: None, end: None }
+    }
+}
+
+/// A token of a text or of its prompt, with its log-probability.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredToken {
+    /// The token.
+    pub id: u32,
+    /// Its natural log-probability; nothing precedes a prompt's first token, so that it has none.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens with theirs, best first; as many as were asked for.
+    pub top: Vec<(u32, f32)>,
+    /// Where it begins in the text, in characters.
+    pub offset: usize,
 }
 
 /// How a choice ended.
@@ -46,23 +65,12 @@ pub struct End {
 /// A whole answer.
 #[derive(Debug)]
 pub struct Reply {
-    /// By index.
-    pub choices: Vec<Choice>,
+    /// By index, each with the whole text and its end.
+    pub choices: Vec<Chunk>,
     /// Over all choices.
     pub usage: Usage,
     /// The slowest choice's.
     pub timing: Timing,
-}
-
-/// One whole text.
-#[derive(Debug)]
-pub struct Choice {
-    /// The prompt, if it was to be echoed, and what was generated.
-    pub text: String,
-    /// If asked for.
-    pub logprobs: Option<Logprobs>,
-    /// How it ended.
-    pub end: End,
 }
 
 /// What is to be known of a prompt after it was handed to the engine.
@@ -85,8 +93,8 @@ pub struct Source {
 
 /// What all choices of a ticket share.
 pub struct Terms {
-    /// `x-request-id`.
-    pub id: String,
+    /// Its id, and what is found out about it.
+    pub record: Arc<Record>,
     /// The task's name.
     pub model: String,
     /// Turns ids into bytes.
@@ -172,7 +180,7 @@ impl Ticket {
 
     /// `x-request-id`.
     pub fn id(&self) -> &str {
-        &self.terms.id
+        &self.terms.record.id
     }
 
     /// The name that the client asked for.
@@ -217,22 +225,18 @@ impl Ticket {
 
     /// All chunks, put together.
     pub async fn collect(mut self) -> Result<Reply> {
-        let mut texts: Vec<(String, Option<Logprobs>, Option<End>)> =
-            self.running.iter().map(|_| (String::new(), None, None)).collect();
+        let mut choices: Vec<Chunk> = (0..self.running.len()).map(Chunk::empty).collect();
         while let Some(chunk) = self.next().await {
             let chunk = chunk?;
-            let (text, logprobs, end) = &mut texts[chunk.index];
-            text.push_str(&chunk.text);
-            match (logprobs, chunk.logprobs) {
-                (Some(all), Some(more)) => all.append(more),
+            let whole = &mut choices[chunk.index];
+            whole.text.push_str(&chunk.text);
+            match (&mut whole.logprobs, chunk.logprobs) {
+                (Some(all), Some(mut more)) => all.append(&mut more),
                 (all, more) => *all = all.take().or(more),
             }
-            *end = chunk.end;
+            whole.end = chunk.end;
         }
-        let choices = texts
-            .into_iter()
-            .filter_map(|(text, logprobs, end)| end.map(|end| Choice { text, logprobs, end }));
-        Ok(Reply { choices: choices.collect(), usage: self.usage, timing: self.timing })
+        Ok(Reply { choices, usage: self.usage, timing: self.timing })
     }
 
     /// Prompts that are echoed without being scored are known at once.
@@ -242,8 +246,7 @@ impl Ticket {
         }
         for (index, choice) in self.running.iter_mut().enumerate() {
             if let Some(echo) = choice.echo.take() {
-                let text = echo.text.clone();
-                self.ready.push_back(Chunk { index, text, logprobs: None, end: None });
+                self.ready.push_back(Chunk { text: echo.text.clone(), ..Chunk::empty(index) });
             }
         }
     }
@@ -275,7 +278,7 @@ impl Ticket {
     fn take(&mut self, index: usize, event: Event) -> Result<Option<Chunk>> {
         let tokenizer = &self.terms.tokenizer;
         let choice = &mut self.running[index];
-        let mut chunk = Chunk { index, text: String::new(), logprobs: None, end: None };
+        let mut chunk = Chunk::empty(index);
         match event {
             Event::Failed(error) => return Err(error),
             Event::Prompt(scores) => {
@@ -283,7 +286,7 @@ impl Ticket {
                     return Ok(None);
                 };
                 chunk.text.clone_from(&echo.text);
-                chunk.logprobs = Some(scribe.prompt(tokenizer, &echo.tokens, &scores));
+                chunk.logprobs = Some(scribe.prompt(tokenizer, &echo.tokens, scores));
                 return Ok(Some(chunk));
             }
             Event::Token { id, logprob, timing } => {
@@ -297,7 +300,7 @@ impl Ticket {
                 let piece = choice.decoder.push(bytes);
                 chunk.text = piece.text;
                 if let Some(scribe) = &mut choice.scribe {
-                    chunk.logprobs = Some(scribe.token(tokenizer, id, logprob.as_ref(), shown));
+                    chunk.logprobs = Some(vec![scribe.token(tokenizer, id, logprob, shown)]);
                 }
                 choice.words.read(&chunk.text);
                 if piece.stopped {
@@ -339,6 +342,8 @@ impl Ticket {
         slowest.queue = slowest.queue.max(timing.queue);
         slowest.prefill = slowest.prefill.max(timing.prefill);
         slowest.decode = slowest.decode.max(timing.decode);
+        let timing = *slowest;
+        self.terms.record.note(|facts| facts.timing = timing);
     }
 }
 
@@ -354,6 +359,44 @@ impl Running {
             max_new: source.max_new,
             last: None,
         }
+    }
+}
+
+/// Finds out where in a text its tokens begin.
+#[derive(Debug, Default)]
+struct Scribe {
+    /// Characters that began so far.
+    characters: usize,
+}
+
+impl Scribe {
+    /// A whole prompt.
+    fn prompt(
+        &mut self,
+        tokenizer: &Tokenizer,
+        tokens: &[u32],
+        scores: Vec<Option<TokenLogprob>>,
+    ) -> Vec<ScoredToken> {
+        let scored = tokens.iter().zip(scores);
+        scored.map(|(&id, score)| self.token(tokenizer, id, score, true)).collect()
+    }
+
+    /// The next token; `shown` is whether it is part of the text.
+    fn token(
+        &mut self,
+        tokenizer: &Tokenizer,
+        id: u32,
+        score: Option<TokenLogprob>,
+        shown: bool,
+    ) -> ScoredToken {
+        let bytes = tokenizer.token_bytes(id);
+        let continues = |b: &u8| b & 0xC0 == 0x80;
+        let starts = bytes.iter().filter(|b| !continues(b)).count();
+        let inside = bytes.first().is_some_and(continues) && self.characters > 0;
+        let offset = self.characters - usize::from(inside);
+        self.characters += if shown { starts } else { 0 };
+        let logprob = score.as_ref().map(|score| score.logprob);
+        ScoredToken { id, logprob, top: score.map_or_else(Vec::new, |score| score.top), offset }
     }
 }
 

@@ -12,7 +12,7 @@ use shoal::metrics::Metrics;
 use shoal::model::LoadOptions;
 use shoal::request::{Input, MAX_N, Params, Request};
 use shoal::task::{ControlKind, Task};
-use shoal::telemetry;
+use shoal::telemetry::{self, Record};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
@@ -91,7 +91,7 @@ impl Generate {
             ..Params::default()
         };
         Request {
-            id: "generate".into(),
+            record: Record::new("generate"),
             model: task.name.clone(),
             adapters: None,
             task: None,
@@ -100,7 +100,6 @@ impl Generate {
             controls,
             params,
             usual_max_tokens: None,
-            arrived: telemetry::now(),
             deadline: None,
             first_token_deadline: None,
         }

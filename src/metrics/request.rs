@@ -3,7 +3,7 @@
 use super::Metrics;
 use crate::ids::TaskId;
 use crate::task::Task;
-use crate::telemetry::now;
+use crate::telemetry::{Record, now};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// [ended](RequestMeter::end) was cancelled.
 pub struct RequestMeter {
     metrics: Arc<Metrics>,
-    arrived: Instant,
+    record: Arc<Record>,
     task: Option<TaskId>,
     /// The task's objective for the first token.
     objective: Option<Duration>,
@@ -28,11 +28,11 @@ pub struct RequestMeter {
 }
 
 impl RequestMeter {
-    /// Begins to watch a request that came in at `arrived`.
-    pub fn new(metrics: Arc<Metrics>, arrived: Instant) -> Self {
+    /// Begins to watch the request of this record.
+    pub fn new(metrics: Arc<Metrics>, record: Arc<Record>) -> Self {
         Self {
             metrics,
-            arrived,
+            record,
             task: None,
             objective: None,
             wanted_words: None,
@@ -74,7 +74,7 @@ impl RequestMeter {
     /// Whether the first token met the objective, or the end did where no token was wanted; `None`
     /// where the client left before it was due.
     fn met(&self, objective: Duration, ended: Instant) -> Option<bool> {
-        let due = self.arrived + objective;
+        let due = self.record.arrived + objective;
         match (self.first_token, self.outcome) {
             (Some(at), _) => Some(at <= due),
             (None, Some("ok")) => Some(ended <= due),
@@ -86,11 +86,17 @@ impl RequestMeter {
 
 impl Drop for RequestMeter {
     fn drop(&mut self) {
-        self.metrics.count_request(self.task, self.outcome.unwrap_or("cancelled"));
+        let outcome = self.outcome.unwrap_or("cancelled");
+        self.metrics.count_request(self.task, outcome);
+        self.record.note(|facts| {
+            facts.outcome = Some(outcome);
+            facts.usage.prompt_tokens = self.prompt_tokens.unwrap_or(0);
+            facts.usage.completion_tokens = self.generated_tokens;
+        });
         let (Some(id), Some(prompt_tokens)) = (self.task, self.prompt_tokens) else { return };
         let ended = now();
         let task = self.metrics.task(id);
-        task.duration.observe((ended - self.arrived).as_secs_f64());
+        task.duration.observe((ended - self.record.arrived).as_secs_f64());
         task.prompt_tokens.observe(f64::from(prompt_tokens));
         task.generated_tokens.observe(f64::from(self.generated_tokens));
         if let Some(wanted) = self.wanted_words {
@@ -125,7 +131,7 @@ mod tests {
     }
 
     fn meter(metrics: &Arc<Metrics>) -> RequestMeter {
-        let mut meter = RequestMeter::new(metrics.clone(), now());
+        let mut meter = RequestMeter::new(metrics.clone(), Record::new("id"));
         meter.task(&task(), &[("words".to_string(), 9.into())].into());
         meter.prompt_tokens = Some(3);
         meter
@@ -141,7 +147,7 @@ mod tests {
         ok.end("internal");
         drop(ok);
         drop(meter(&metrics));
-        drop(RequestMeter::new(metrics.clone(), now()));
+        drop(RequestMeter::new(metrics.clone(), Record::new("id")));
         let page = String::from_utf8(metrics.render()).unwrap();
         for line in [
             "shoal_requests_total{outcome=\"ok\",task=\"image\"} 1",
@@ -160,7 +166,7 @@ mod tests {
     fn an_answer_without_tokens_meets_its_objective_by_its_end() {
         for (objective, met) in [(1e6, "true"), (1e-6, "false")] {
             let metrics = Arc::new(Metrics::new(&["image".to_string()]));
-            let mut meter = RequestMeter::new(metrics.clone(), now());
+            let mut meter = RequestMeter::new(metrics.clone(), Record::new("id"));
             let slo = Slo { ttft_ms: Some(objective), ..Slo::default() };
             meter.task(&Task { slo, ..task() }, &BTreeMap::new());
             meter.prompt_tokens = Some(3);
@@ -178,7 +184,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new(&["image".to_string()]));
         let kind = ControlKind::Integer { minimum: 3, maximum: 60 };
         let words = Control { kind, token: "<|words:{}|>".into(), default: Some("20".into()) };
-        let mut meter = RequestMeter::new(metrics.clone(), now());
+        let mut meter = RequestMeter::new(metrics.clone(), Record::new("id"));
         let task = Task { controls: [("words".to_string(), words)].into(), ..task() };
         meter.task(&task, &BTreeMap::new());
         meter.prompt_tokens = Some(3);

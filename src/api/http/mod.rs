@@ -1,19 +1,28 @@
-//! Routes and handlers. A handler reads, asks [`Service`] and writes; it decides nothing.
+//! What every wire over HTTP shares: the routes, who a request is, how its body is read and its answer
+//! written, probes and pages for operators. A handler reads, asks [`Service`] and writes; it decides
+//! nothing.
 
-use super::call::{Call, Identity, json_fields, read_body};
-use super::reply::{Dialect, Writer};
-use super::respond::json;
-use super::wire::{self, Asked};
-use super::{Admin, Service, admin, health, listing, observe, sse};
+pub mod answer;
+pub mod call;
+pub mod debug;
+pub mod fields;
+mod health;
+mod info;
+mod observe;
+pub mod params;
+pub mod respond;
+
+use super::{Admin, Service, admin, native, openai};
 use crate::error::{Error, Kind, Result};
-use crate::request::Timing;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Extension, Path, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::extract::{Path, State};
+use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::{Router, middleware};
+use call::{Call, Head, json_fields, read_body};
+use fields::Fields;
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,13 +78,13 @@ pub struct App {
 }
 
 /// A path that was taken apart by us, so that its complaint has our shape.
-type Segment = Result<Path<String>, PathRejection>;
+pub type Segment = Result<Path<String>, PathRejection>;
 
 impl App {
     /// An app that nobody may change.
     pub fn new(service: Service, limits: Limits, dtype: impl Into<String>) -> Self {
         let bundle = service.catalog().listing().tasks.bundle().name.as_str().into();
-        let created = super::reply::unix_time();
+        let created = answer::unix_time();
         Self { service, limits, admin: None, bundle, dtype: dtype.into(), created }
     }
 
@@ -87,15 +96,10 @@ impl App {
     /// The routes.
     pub fn router(self: Arc<Self>) -> Router {
         Router::new()
-            .route("/v1/completions", post(completions))
-            .route("/v1/models", get(listing::models))
-            .route("/v1/models/{id}", get(listing::model))
-            .route("/v1/tasks", get(listing::tasks).post(admin::add_task))
-            .route("/v1/adapters", get(admin::list))
-            .route("/v1/load_lora_adapter", post(admin::load))
-            .route("/v1/unload_lora_adapter", post(admin::unload))
-            .route("/v1/tasks/{task}/generate", post(generate))
-            .route("/info", get(listing::info))
+            .merge(openai::routes())
+            .merge(native::routes())
+            .merge(admin::routes())
+            .route("/info", get(info::info))
             .route("/livez", get(health::live))
             .route("/readyz", get(health::ready))
             .route("/health", get(health::ready))
@@ -117,58 +121,22 @@ impl App {
             .with_state(self)
     }
 
-    // The body is read before anything is refused: a client that is still writing would not hear it.
-
-    async fn completion(&self, head: Head, body: Body) -> Result<Asked> {
-        let body = read_body(body, &self.limits).await?;
-        let call = Call::new(&head.0, &head.1)?;
-        wire::completion(json_fields(&head.1, &body)?, &call)
+    /// Reads a body and understands it as a wire does. What cannot be understood is counted here.
+    ///
+    /// The body is read before anything is refused: a client that is still writing would not hear it.
+    pub async fn read<T>(
+        &self,
+        head: &Head,
+        body: Body,
+        understand: impl FnOnce(Fields, &Call) -> Result<T>,
+    ) -> Result<T> {
+        let read = async {
+            let body = read_body(body, &self.limits).await?;
+            let call = Call::new(head)?;
+            understand(json_fields(&head.headers, &body)?, &call)
+        };
+        read.await.inspect_err(|error| self.service.count_refused(&head.record, error))
     }
-
-    async fn native(&self, task: Segment, head: Head, body: Body) -> Result<Asked> {
-        let body = read_body(body, &self.limits).await?;
-        let call = Call::new(&head.0, &head.1)?;
-        wire::native(json_fields(&head.1, &body)?, segment(task)?, &call)
-    }
-
-    /// Answers what was asked; a request that could not be understood is counted here.
-    async fn answer(&self, asked: Result<Asked>, dialect: Dialect) -> Result<Response> {
-        let asked = asked.inspect_err(|error| self.service.count_refused(error))?;
-        let ticket = self.service.submit(asked.request).await.map_err(|e| dialect.name(e))?;
-        let include_usage = asked.delivery.include_usage;
-        let writer = Writer::new(dialect, &ticket, self.bundle.clone(), include_usage);
-        if asked.delivery.stream {
-            return Ok(sse::respond(ticket, writer, self.limits.keep_alive));
-        }
-        let reply = ticket.collect().await?;
-        let mut response = json(StatusCode::OK, writer.whole(&reply));
-        response.headers_mut().insert("server-timing", server_timing(&reply.timing));
-        Ok(response)
-    }
-}
-
-/// A request's identity and headers.
-struct Head(Identity, HeaderMap);
-
-async fn completions(
-    State(app): State<Arc<App>>,
-    Extension(identity): Extension<Identity>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response> {
-    let asked = app.completion(Head(identity, headers), body).await;
-    app.answer(asked, Dialect::Completion).await
-}
-
-async fn generate(
-    State(app): State<Arc<App>>,
-    Extension(identity): Extension<Identity>,
-    task: Segment,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response> {
-    let asked = app.native(task, Head(identity, headers), body).await;
-    app.answer(asked, Dialect::Native).await
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
@@ -176,9 +144,9 @@ async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-async fn full(State(app): State<Arc<App>>, body: Body) -> Error {
+async fn full(State(app): State<Arc<App>>, head: Head, body: Body) -> Error {
     let error = Error::new(Kind::Unavailable, "too many connections").with_retry_after(RETRY_FULL);
-    app.service.count_refused(&error);
+    app.service.count_refused(&head.record, &error);
     // What it holds does not matter.
     let _ = read_body(body, &app.limits).await;
     error
@@ -201,13 +169,6 @@ fn panicked(cause: Box<dyn Any + Send>) -> Response {
     let text = cause.downcast_ref::<String>().cloned();
     let text = text.or_else(|| cause.downcast_ref::<&str>().map(|s| (*s).to_string()));
     Error::internal("a handler panicked", text.unwrap_or_default()).into_response()
-}
-
-fn server_timing(timing: &Timing) -> HeaderValue {
-    let ms = |d: Duration| d.as_secs_f64() * 1000.0;
-    let (queue, prefill, decode) = (ms(timing.queue), ms(timing.prefill), ms(timing.decode));
-    let text = format!("queue;dur={queue:.3}, prefill;dur={prefill:.3}, decode;dur={decode:.3}");
-    HeaderValue::from_str(&text).expect("numbers and ascii letters are a header value")
 }
 
 #[cfg(test)]

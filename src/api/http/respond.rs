@@ -3,7 +3,8 @@
 use crate::error::{Error, Kind};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
+use serde::Serialize;
+use serde_json::{Value, json as value};
 use std::time::Duration;
 
 /// OpenAI's `{"error": {...}}`. The cause of an internal error is logged here and not sent.
@@ -11,7 +12,7 @@ pub fn error_body(error: &Error) -> Vec<u8> {
     if error.kind == Kind::Internal {
         tracing::error!(%error, "internal error");
     }
-    let body = json!({"error": {
+    let body = value!({"error": {
         "message": start_of(error.public_message(), 1000),
         "type": error.kind.row().openai_type,
         "param": error.param.as_deref().map(|param| start_of(param, 100)),
@@ -25,9 +26,19 @@ fn start_of(text: &str, characters: usize) -> &str {
     text.char_indices().nth(characters).map_or(text, |(end, _)| &text[..end])
 }
 
+/// A value as JSON.
+pub fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("strings, numbers and maps with string keys are always JSON")
+}
+
 /// A response with a JSON body.
 pub fn json(status: StatusCode, body: Vec<u8>) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+/// A 200 with a JSON body.
+pub fn reply(body: &Value) -> Response {
+    json(StatusCode::OK, body.to_string().into_bytes())
 }
 
 impl IntoResponse for Error {

@@ -1,14 +1,18 @@
-//! What comes before a body is understood: the request's id, its deadlines, its bytes.
+//! What comes before a body is understood: the request's identity, its deadlines, its bytes.
 
+use super::Limits;
 use super::fields::Fields;
-use super::http::Limits;
 use crate::error::{Error, Kind, Result};
 use crate::ids::random;
-use crate::telemetry::now;
+use crate::telemetry::Record;
 use axum::body::Body;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
 use http_body_util::BodyExt;
-use std::time::{Duration, Instant};
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// The header of a request's id, in and out.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -21,38 +25,40 @@ const MAX_THROWN_AWAY: usize = 64 << 20;
 /// The longest time limit that means anything: a day.
 const MAX_TIMEOUT_MS: f64 = 86_400_000.0;
 
-/// A request's identity, from its arrival on.
+/// A request's head: who it is, and what its headers say.
 #[derive(Clone, Debug)]
-pub struct Identity {
-    /// `x-request-id`: the client's, if it is fit to be logged and sent back, else a new one.
-    pub id: HeaderValue,
-    /// When its head arrived.
-    pub arrived: Instant,
+pub struct Head {
+    /// Its id and arrival.
+    pub record: Arc<Record>,
+    /// As sent.
+    pub headers: HeaderMap,
 }
 
-impl Identity {
-    /// The identity of a request with these headers.
-    pub fn of(headers: &HeaderMap) -> Self {
-        let fit = |id: &&HeaderValue| {
-            let id = id.as_bytes();
-            let allowed = |b: &u8| b.is_ascii_alphanumeric() || b"-_.:/+=".contains(b);
-            (1..=128).contains(&id.len()) && id.iter().all(allowed)
-        };
-        let id = headers.get(REQUEST_ID).filter(fit).cloned().unwrap_or_else(|| {
-            HeaderValue::from_str(&format!("{:016x}{:016x}", random(), random()))
-                .expect("hexadecimal digits are a header value")
-        });
-        Self { id, arrived: now() }
+impl Head {
+    /// The id that these headers ask for, if it is fit to be logged and sent back, else a new one.
+    pub fn id(headers: &HeaderMap) -> String {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-_.:/+=".contains(&b);
+        let fit = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(allowed);
+        let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(fit);
+        given.map_or_else(|| format!("{:016x}{:016x}", random(), random()), str::to_owned)
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Head {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let record = parts.extensions.get::<Arc<Record>>().cloned();
+        let record = record.unwrap_or_else(|| Record::new(Self::id(&parts.headers)));
+        Ok(Self { record, headers: parts.headers.clone() })
     }
 }
 
 /// What is known of a request before its body is read.
 #[derive(Clone, Debug)]
 pub struct Call {
-    /// `x-request-id`, given or made.
-    pub id: String,
-    /// When its head arrived.
-    pub arrived: Instant,
+    /// Its id and arrival.
+    pub record: Arc<Record>,
     /// `x-request-timeout-ms`.
     pub timeout: Option<Duration>,
     /// `x-llm-d-slo-ttft-ms`.
@@ -61,12 +67,11 @@ pub struct Call {
 
 impl Call {
     /// What the head of a request says.
-    pub fn new(identity: &Identity, headers: &HeaderMap) -> Result<Self> {
+    pub fn new(head: &Head) -> Result<Self> {
         Ok(Self {
-            id: String::from_utf8_lossy(identity.id.as_bytes()).into_owned(),
-            arrived: identity.arrived,
-            timeout: duration(headers, TIMEOUT)?,
-            first_token_timeout: duration(headers, FIRST_TOKEN_TIMEOUT)?,
+            record: head.record.clone(),
+            timeout: duration(&head.headers, TIMEOUT)?,
+            first_token_timeout: duration(&head.headers, FIRST_TOKEN_TIMEOUT)?,
         })
     }
 }
@@ -127,4 +132,12 @@ async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>> {
         return Err(Error::new(Kind::TooLarge, format!("the body has more than {limit} bytes")));
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+impl Call {
+    /// A call whose headers say nothing.
+    pub fn test() -> Self {
+        Self { record: Record::new("id"), timeout: None, first_token_timeout: None }
+    }
 }

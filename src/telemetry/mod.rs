@@ -1,4 +1,8 @@
-//! The one clock, and tracing set-up.
+//! The one clock, what is logged and how, and the record of each request.
+
+mod record;
+
+pub use record::{Facts, Record};
 
 use std::io::IsTerminal;
 use std::time::Instant;

@@ -1,7 +1,7 @@
 //! Probes: whether this process lives, has started, and can take work. They read the engine's state
 //! and heartbeat, never its queue.
 
-use super::http::App;
+use super::App;
 use super::respond::json;
 use crate::engine::State as EngineState;
 use crate::error::{Error, Kind, Result};

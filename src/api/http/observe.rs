@@ -1,31 +1,35 @@
-//! Around every request: its id in and out, and one line in the access log when its last byte is
-//! written or its client has left. The line never holds a prompt, a text or a query.
+//! Around every request, on every wire: its id in and out, and one line in the access log when its last
+//! byte is written or its client has left. The line never holds a prompt, a text or a query.
 
-use super::call::{Identity, REQUEST_ID};
-use crate::telemetry::now;
+use super::call::{Head, REQUEST_ID};
+use crate::telemetry::{Record, now};
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request};
-use axum::http::{Method, StatusCode};
+use axum::http::{HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 /// The middleware.
 pub async fn observe(mut request: Request, next: Next) -> Response {
-    let identity = Identity::of(request.headers());
-    request.extensions_mut().insert(identity.clone());
+    let record = Record::new(Head::id(request.headers()));
+    request.extensions_mut().insert(record.clone());
     let mut line = Line {
         route: request.extensions().get::<MatchedPath>().cloned(),
         method: request.method().clone(),
-        id: identity.clone(),
+        record,
         status: None,
         bytes: 0,
         whole: false,
     };
     let mut response = next.run(request).await;
-    response.headers_mut().insert(REQUEST_ID, identity.id);
+    if let Ok(id) = HeaderValue::from_str(&line.record.id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
     line.status = Some(response.status());
     line.whole = response.body().is_end_stream() || line.method == Method::HEAD;
     response.map(|inner| Body::new(Logged { inner, line }))
@@ -35,7 +39,7 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
 struct Line {
     route: Option<MatchedPath>,
     method: Method,
-    id: Identity,
+    record: Arc<Record>,
     /// `None` while there is no response yet.
     status: Option<StatusCode>,
     bytes: usize,
@@ -45,15 +49,25 @@ struct Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
+        let facts = self.record.facts();
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
         tracing::info!(
             target: "shoal::access",
-            id = %String::from_utf8_lossy(self.id.id.as_bytes()),
+            id = self.record.id,
             method = %self.method,
             route = self.route.as_ref().map_or("none", MatchedPath::as_str),
             // 499 is what the error table calls a client that left.
             status = self.status.filter(|_| self.whole).map_or(499, |s| s.as_u16()),
             bytes = self.bytes,
-            ms = (now() - self.id.arrived).as_secs_f64() * 1000.0,
+            ms = ms(now() - self.record.arrived),
+            task = facts.model,
+            adapter = (!facts.adapters.is_empty()).then(|| facts.adapters.join("+")),
+            outcome = facts.outcome,
+            queue_ms = facts.outcome.map(|_| ms(facts.timing.queue)),
+            prefill_ms = facts.outcome.map(|_| ms(facts.timing.prefill)),
+            decode_ms = facts.outcome.map(|_| ms(facts.timing.decode)),
+            prompt_tokens = facts.outcome.map(|_| facts.usage.prompt_tokens),
+            generated_tokens = facts.outcome.map(|_| facts.usage.completion_tokens),
         );
     }
 }

@@ -1,0 +1,149 @@
+//! `POST /v1/tasks/{task}/generate`: a task's input and controls in, texts with their words out.
+
+use crate::api::Service;
+use crate::api::http::answer::{Frames, Tokens, Writer, unix_time};
+use crate::api::http::call::{Call, Head};
+use crate::api::http::debug::{Debug, Reported};
+use crate::api::http::fields::{Fields, missing};
+use crate::api::http::params::{Asked, params, request};
+use crate::api::http::respond::to_json;
+use crate::api::http::{App, Segment, segment};
+use crate::api::openai::Logprobs;
+use crate::api::ticket::{Chunk, Reply, Ticket};
+use crate::error::{Error, Result};
+use crate::request::{Input, Request, Usage};
+use crate::text::Tokenizer;
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use serde::Serialize;
+use std::sync::Arc;
+
+/// The handler.
+pub async fn generate(
+    State(app): State<Arc<App>>,
+    task: Segment,
+    head: Head,
+    body: Body,
+) -> Result<Response> {
+    let read = |fields: Fields, call: &Call| native(fields, segment(task)?, call);
+    let (request, stream) = app.read(&head, body, read).await?;
+    let ticket = app.service.submit(request).await.map_err(renamed)?;
+    let writer = NativeWriter::new(&app.service, &ticket, app.bundle.clone());
+    app.answer(ticket, writer, stream).await
+}
+
+/// Names the prompt as this wire's bodies do.
+fn renamed(error: Error) -> Error {
+    match error.param.as_deref() {
+        Some("prompt") => error.with_param("input"),
+        _ => error,
+    }
+}
+
+/// Reads a body, and whether its answer is to be streamed.
+fn native(mut body: Fields, task: String, call: &Call) -> Result<(Request, bool)> {
+    let input: String = body.take("input")?.ok_or_else(|| missing("input"))?;
+    let stream = body.take("stream")?.unwrap_or(false);
+    let params = params(&mut body)?;
+    let inputs = vec![Input::Text(input)];
+    let asked = Asked { model: task, inputs, params, usual_max_tokens: None };
+    Ok((request(body, call, asked)?, stream))
+}
+
+/// Writes the native reply.
+struct NativeWriter {
+    id: String,
+    task: String,
+    bundle: Arc<str>,
+    created: u64,
+    reported: Reported,
+    tokenizer: Arc<Tokenizer>,
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    id: &'a str,
+    task: &'a str,
+    model: &'a str,
+    created: u64,
+    choices: &'a [Piece<'a>],
+    usage: Option<Tokens>,
+}
+
+#[derive(Serialize)]
+struct Piece<'a> {
+    index: usize,
+    text: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    words: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    debug: Option<Debug<'a>>,
+}
+
+impl NativeWriter {
+    fn new(service: &Service, ticket: &Ticket, bundle: Arc<str>) -> Self {
+        Self {
+            id: format!("gen-{}", ticket.id()),
+            task: ticket.model().to_owned(),
+            bundle,
+            created: unix_time(),
+            reported: Reported::of(ticket),
+            tokenizer: service.tokenizer().clone(),
+        }
+    }
+
+    fn piece<'a>(&'a self, chunk: &'a Chunk) -> Piece<'a> {
+        let end = chunk.end.as_ref();
+        Piece {
+            index: chunk.index,
+            text: &chunk.text,
+            logprobs: chunk.logprobs.as_ref().map(|tokens| Logprobs::of(&self.tokenizer, tokens)),
+            finish_reason: end.map(|end| end.finish.as_str()),
+            words: end.map(|end| end.words),
+            debug: self.reported.debug(end),
+        }
+    }
+
+    fn answer(&self, choices: &[Piece], usage: Option<Usage>) -> Vec<u8> {
+        let answer = Answer {
+            id: &self.id,
+            task: &self.task,
+            model: &self.bundle,
+            created: self.created,
+            choices,
+            usage: usage.map(Tokens::from),
+        };
+        to_json(&answer)
+    }
+}
+
+impl Writer for NativeWriter {
+    fn whole(&self, reply: &Reply) -> Vec<u8> {
+        let choices: Vec<Piece> = reply.choices.iter().map(|choice| self.piece(choice)).collect();
+        self.answer(&choices, Some(reply.usage))
+    }
+
+    fn chunk(&mut self, chunk: &Chunk, last: Option<Usage>, frames: &mut Frames) {
+        frames.push_back(self.answer(&[self.piece(chunk)], last));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: &str) -> Result<Request> {
+        native(Fields::parse(body.as_bytes())?, "image".into(), &Call::test()).map(|(r, _)| r)
+    }
+
+    #[test]
+    fn the_fields_are_those_of_completions() {
+        let with =
+            |fields: &str| read(&format!(r#"{{"input": "x", "suffix": null, "n": 2, {fields}}}"#));
+        assert_eq!(with(r#""best_of": 2"#).unwrap().params.n, Some(2));
+        assert_eq!(with(r#""best_of": 3"#).unwrap_err().param.as_deref(), Some("best_of"));
+    }
+}

@@ -1,0 +1,18 @@
+//! Shoal's own wire: tasks, their controls, and texts by task.
+
+mod generate;
+mod tasks;
+
+pub use tasks::task_entry;
+
+use super::http::App;
+use axum::Router;
+use axum::routing::{get, post};
+use std::sync::Arc;
+
+/// The routes of this wire.
+pub fn routes() -> Router<Arc<App>> {
+    Router::new()
+        .route("/v1/tasks", get(tasks::tasks))
+        .route("/v1/tasks/{task}/generate", post(generate::generate))
+}

@@ -1,0 +1,49 @@
+//! What becomes known of one request on its way: the one source of its line in the access log, of its
+//! trace and of what its reply says of itself. Never holds a prompt, a text or a key.
+
+use super::now;
+use crate::request::{Timing, Usage};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// A request from its arrival to its last byte.
+#[derive(Debug)]
+pub struct Record {
+    /// `x-request-id`, given or made.
+    pub id: String,
+    /// When its head arrived.
+    pub arrived: Instant,
+    facts: Mutex<Facts>,
+}
+
+/// What was found out so far.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// The task, the bundle or the adapter that it is for, once that is known to exist.
+    pub model: Option<String>,
+    /// Names of the adapters that it runs with.
+    pub adapters: Vec<String>,
+    /// How it ended, as the metrics count it.
+    pub outcome: Option<&'static str>,
+    /// Its tokens.
+    pub usage: Usage,
+    /// Where its time went; the slowest choice's.
+    pub timing: Timing,
+}
+
+impl Record {
+    /// The record of a request that has just arrived.
+    pub fn new(id: impl Into<String>) -> Arc<Self> {
+        Arc::new(Self { id: id.into(), arrived: now(), facts: Mutex::default() })
+    }
+
+    /// Adds to what is known.
+    pub fn note(&self, add: impl FnOnce(&mut Facts)) {
+        add(&mut self.facts.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// What is known.
+    pub fn facts(&self) -> Facts {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
