@@ -97,7 +97,7 @@ fn runner(precision: Precision) -> Result<CandleRunner> {
         context: 128,
         vocab: 8192,
         eps: 1e-5,
-        eos: None,
+        eos: Vec::new(),
         tasks: Vec::new(),
         moe: None,
     };

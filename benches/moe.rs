@@ -56,7 +56,7 @@ fn spec(width: usize, gate: Gate) -> Spec {
         context: 1,
         vocab: 1,
         eps: 1e-5,
-        eos: None,
+        eos: Vec::new(),
         tasks: (0..TASKS).map(|t| format!("task-{t}")).collect(),
         moe: Some(Moe { layers: (0..LAYERS).collect(), experts: EXPERTS, top_k: 1, gate }),
     }

@@ -108,6 +108,7 @@ fn table() -> TaskTable {
         name: "bench".to_owned(),
         description: String::new(),
         template: String::new(),
+        chat_template: None,
         adapter: None,
         controls: Default::default(),
         defaults: Params::default(),

@@ -13,10 +13,12 @@ use crate::metrics::Metrics;
 use crate::model::{self, LoadOptions, Spec, Weights};
 use crate::task::{Task, TaskTable};
 use crate::telemetry;
-use crate::text::{END_OF_TEXT, Prompts, Tokenizer};
+use crate::text::{ChatSettings, END_OF_TEXT, Prompts, Tokenizer};
 use anyhow::{Result, anyhow, bail};
 use candle_core::DType;
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -33,6 +35,8 @@ pub struct Parts {
     pub tasks: Option<TaskTable>,
     /// Its compiled prompts.
     pub prompts: Option<Prompts>,
+    /// The tokens that `generation_config.json` says end a text.
+    pub generation_ends: Vec<u32>,
     /// Its adapters by name, for the weights as they are stored.
     pub adapters: BTreeMap<String, Loaded>,
     /// Everything that is wrong with it.
@@ -53,6 +57,8 @@ pub struct Bundle {
     pub tasks: TaskTable,
     /// Its compiled prompts.
     pub prompts: Prompts,
+    /// The tokens that `generation_config.json` says end a text.
+    pub generation_ends: Vec<u32>,
     /// Its adapters by name, for the weights as they are stored.
     pub adapters: BTreeMap<String, Loaded>,
 }
@@ -73,6 +79,14 @@ impl Parts {
             }
             _ => None,
         };
+        let chat = ChatSettings::load(path).map_err(&mut keep).ok();
+        let prompts = match (prompts, chat) {
+            (Some(prompts), Some(chat)) => prompts.with_chat(chat).map_err(&mut keep).ok(),
+            _ => None,
+        };
+        let vocab = weights.as_ref().map_or(usize::MAX, |weights| weights.spec().vocab);
+        let generation_ends =
+            generation_ends(path, vocab).map_err(|f| keep(vec![f])).unwrap_or_default();
         if let (Some(weights), Some(tokenizer)) = (&weights, &tokenizer) {
             keep(mismatches(weights.spec(), tokenizer));
         }
@@ -87,7 +101,7 @@ impl Parts {
         if let Some(tasks) = &tasks {
             keep(adapters::clashes(path, tasks));
         }
-        Self { id, weights, tokenizer, tasks, prompts, adapters, faults }
+        Self { id, weights, tokenizer, tasks, prompts, generation_ends, adapters, faults }
     }
 }
 
@@ -120,6 +134,19 @@ pub fn job_of(
     })
 }
 
+/// The tokens that a folder's `generation_config.json` says end a text; none if there is no such file.
+fn generation_ends(folder: &Path, vocab: usize) -> Result<Vec<u32>, String> {
+    let text = match fs::read_to_string(folder.join("generation_config.json")) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        text => text.map_err(|e| e.to_string()),
+    };
+    let config = text.and_then(|text| {
+        serde_json::from_str::<serde_json::Value>(&text).map_err(|e| e.to_string())
+    });
+    let ids = config.and_then(|config| model::end_ids(&config["eos_token_id"], vocab));
+    ids.map_err(|fault| format!("generation_config.json: {fault}"))
+}
+
 /// Where model and tokenizer do not fit together.
 fn mismatches(spec: &Spec, tokenizer: &Tokenizer) -> Vec<String> {
     let mut faults = Vec::new();
@@ -145,20 +172,38 @@ impl Bundle {
                 weights: Some(weights),
                 tasks: Some(tasks),
                 prompts: Some(prompts),
+                generation_ends,
                 adapters,
                 faults,
                 ..
             } if faults.is_empty() => {
                 let (spec, stored) = (weights.spec().clone(), weights.dtype());
-                Ok(Self { path: path.into(), id, spec, stored, tasks, prompts, adapters })
+                let path = path.into();
+                Ok(Self { path, id, spec, stored, tasks, prompts, generation_ends, adapters })
             }
             parts => bail!("{} cannot be used:\n  {}", path.display(), parts.faults.join("\n  ")),
         }
     }
 
-    /// The token that ends its texts: what `config.json` says, else what GPT-2 calls it.
+    /// The token that ends its texts, the first of [`Bundle::ends`].
     pub fn end_of_text(&self) -> Option<u32> {
-        self.spec.eos.or_else(|| self.prompts.tokenizer().token_id(END_OF_TEXT))
+        self.ends().first().copied()
+    }
+
+    /// The tokens that end its texts: what `config.json` says, what `generation_config.json` says, and
+    /// what ends a turn of a chat; if nothing is said, what GPT-2 calls it.
+    pub fn ends(&self) -> Vec<u32> {
+        let said = self.spec.eos.iter().chain(&self.generation_ends).copied();
+        let mut ends: Vec<u32> = Vec::new();
+        for id in said.chain(self.prompts.end_of_turn()) {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        if ends.is_empty() {
+            ends.extend(self.prompts.tokenizer().token_id(END_OF_TEXT));
+        }
+        ends
     }
 
     /// Starts an engine for it.
@@ -234,15 +279,23 @@ mod tests {
 
     /// The golden model with another end of text in its config.json.
     fn bundle(eos: Value) -> Result<Bundle> {
+        bundle_with(eos, &[])
+    }
+
+    /// The same and these files.
+    fn bundle_with(eos: Value, files: &[(&str, Value)]) -> Result<Bundle> {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/gpt2-tiny");
         let dir = tempfile::tempdir()?;
         for file in ["model.safetensors", "tokenizer.json"] {
-            std::fs::copy(golden.join(file), dir.path().join(file))?;
+            fs::copy(golden.join(file), dir.path().join(file))?;
         }
-        let config = std::fs::read(golden.join("config.json"))?;
+        let config = fs::read(golden.join("config.json"))?;
         let mut config: Value = serde_json::from_slice(&config)?;
         config["eos_token_id"] = eos;
-        std::fs::write(dir.path().join("config.json"), config.to_string())?;
+        fs::write(dir.path().join("config.json"), config.to_string())?;
+        for (name, value) in files {
+            fs::write(dir.path().join(name), value.to_string())?;
+        }
         Bundle::open(dir.path(), None)
     }
 
@@ -252,6 +305,31 @@ mod tests {
             assert_eq!(bundle(eos).unwrap().end_of_text(), Some(id));
         }
         assert!(bundle(json!(512)).is_err());
+    }
+
+    #[test]
+    fn texts_end_as_any_of_its_files_says() {
+        let generation = |ids: Value| ("generation_config.json", json!({"eos_token_id": ids}));
+        let settings = |token: &str| ("tokenizer_config.json", json!({"eos_token": token}));
+        for (eos, files, ends) in [
+            (json!([9, 0]), vec![], vec![9, 0]),
+            (json!(7), vec![generation(json!([8, 7])), settings("<|endoftext|>")], vec![7, 8, 0]),
+            (Value::Null, vec![generation(json!(5))], vec![5]),
+            (Value::Null, vec![settings("!")], vec![1]),
+            (Value::Null, vec![generation(Value::Null)], vec![0]),
+        ] {
+            assert_eq!(bundle_with(eos, &files).unwrap().ends(), ends);
+        }
+        for (file, want) in [
+            (
+                generation(json!(512)),
+                "generation_config.json: eos_token_id is 512; allowed: a token id below 512",
+            ),
+            (settings("<|im_end|>"), "tokenizer_config.json: eos_token: <|im_end|> is no token"),
+        ] {
+            let error = bundle_with(json!(0), &[file]).err().unwrap().to_string();
+            assert!(error.contains(want), "{error}");
+        }
     }
 
     #[test]

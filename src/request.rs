@@ -39,6 +39,16 @@ pub struct Request {
     pub first_token_deadline: Option<Instant>,
 }
 
+impl Request {
+    /// What its prompts are called in errors.
+    pub fn prompt_field(&self) -> &'static str {
+        match self.inputs.first() {
+            Some(Input::Chat(_)) => "messages",
+            _ => "prompt",
+        }
+    }
+}
+
 /// The prompt's form.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
@@ -46,7 +56,21 @@ pub enum Input {
     Text(String),
     /// Token ids, for the bundle's and adapters' ids only.
     Tokens(Vec<u32>),
+    /// A conversation, which a chat template makes a text: never parsed for special tokens either.
+    Chat(Vec<Message>),
 }
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Who speaks: one of [`ROLES`].
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+/// Who can speak in a conversation.
+pub const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 /// Sampling and length parameters; `None` is "not given".
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]

@@ -21,6 +21,8 @@ pub struct Task {
     pub description: String,
     /// Source of the prompt template (minijinja): `{{ input }}`, `{{ controls.words }}`.
     pub template: String,
+    /// Source of its chat template (Jinja as transformers has it): `messages`, `controls`.
+    pub chat_template: Option<String>,
     /// The adapter that serves it.
     pub adapter: Option<String>,
     /// Control name to its meaning.

@@ -26,8 +26,8 @@ pub struct Encoder {
 
 struct Shared {
     tokenizer: Arc<Tokenizer>,
-    /// The token that ends a text, and stands for an empty prompt.
-    end_of_text: Option<u32>,
+    /// The tokens that end a text; the first stands for an empty prompt.
+    ends: Vec<u32>,
     /// Bytes of the longest token: no text can be encoded in fewer than its bytes over these.
     longest_token: usize,
 }
@@ -43,11 +43,11 @@ pub struct Subject {
 }
 
 impl Encoder {
-    /// An encoder for a model whose texts end with `end_of_text`.
-    pub fn new(tokenizer: Arc<Tokenizer>, end_of_text: Option<u32>) -> Self {
+    /// An encoder for a model whose texts end with one of `ends`.
+    pub fn new(tokenizer: Arc<Tokenizer>, ends: Vec<u32>) -> Self {
         let ids = 0..tokenizer.vocab_size() as u32;
         let longest_token = ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0);
-        let shared = Shared { tokenizer, end_of_text, longest_token };
+        let shared = Shared { tokenizer, ends, longest_token };
         let long_inputs = Arc::new(Semaphore::new(LONG_INPUTS_AT_ONCE));
         Self { shared: Arc::new(shared), long_inputs }
     }
@@ -57,9 +57,9 @@ impl Encoder {
         &self.shared.tokenizer
     }
 
-    /// The token that ends a text.
-    pub fn end_of_text(&self) -> Option<u32> {
-        self.shared.end_of_text
+    /// The tokens that end a text.
+    pub fn ends(&self) -> &[u32] {
+        &self.shared.ends
     }
 
     /// The prompts of `request`, in its order, none of them empty.
@@ -70,8 +70,8 @@ impl Encoder {
         capacity: Capacity,
     ) -> Result<Vec<Prompt>> {
         let size = |input: &Input| match input {
-            Input::Text(text) => text.len(),
             Input::Tokens(ids) => size_of_val(ids.as_slice()),
+            words => text_size(words),
         };
         if request.inputs.iter().map(size).sum::<usize>() <= LONG_INPUT {
             return self.shared.encode(&subject, request, capacity);
@@ -93,19 +93,16 @@ impl Shared {
     /// Refuses texts that are too long however they are encoded.
     fn check_sizes(&self, request: &Request, capacity: Capacity) -> Result<()> {
         let most = capacity.context.saturating_mul(self.longest_token);
-        for input in &request.inputs {
-            if let Input::Text(text) = input
-                && text.len() > most
-            {
+        match request.inputs.iter().map(text_size).find(|size| *size > most) {
+            Some(size) => {
                 let message = format!(
-                    "the prompt has {} bytes, which cannot fit a context of {} tokens",
-                    text.len(),
+                    "the prompt has {size} bytes, which cannot fit a context of {} tokens",
                     capacity.context
                 );
-                return Err(Error::new(Kind::ContextLength, message));
+                Err(Error::new(Kind::ContextLength, message))
             }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn encode(
@@ -119,10 +116,11 @@ impl Shared {
             let mut prompt = match input {
                 Input::Tokens(ids) => self.given_tokens(subject, request, ids, capacity)?,
                 Input::Text(text) => prompts.encode(task, text, &request.controls)?,
+                Input::Chat(messages) => prompts.chat(task, messages, &request.controls)?,
             };
             if prompt.tokens.is_empty() {
                 let empty = || Error::invalid("prompt", "the prompt is empty");
-                prompt.tokens.push(self.end_of_text.ok_or_else(empty)?);
+                prompt.tokens.push(*self.ends.first().ok_or_else(empty)?);
                 prompt.text = self.tokenizer.decode(&prompt.tokens);
             }
             fits(prompt.tokens.len(), 0, capacity.context)?;
@@ -151,6 +149,15 @@ impl Shared {
         // Controls mean nothing to raw tokens; resolving them refuses whatever was given.
         resolve_controls(task, &request.controls)?;
         Ok(Prompt { text: self.tokenizer.decode(ids), tokens: ids.to_vec() })
+    }
+}
+
+/// Bytes of text in `input`; what its template adds is not known yet.
+fn text_size(input: &Input) -> usize {
+    match input {
+        Input::Text(text) => text.len(),
+        Input::Tokens(_) => 0,
+        Input::Chat(messages) => messages.iter().map(|message| message.content.len()).sum(),
     }
 }
 

@@ -38,16 +38,16 @@ struct Lengths {
 }
 
 impl Service {
-    /// A service of these tasks and adapters. `end_of_text` ends its texts.
+    /// A service of these tasks and adapters, whose texts end with one of `ends`.
     pub fn new(
         tasks: TaskTable,
         prompts: Prompts,
         adapters: Option<Arc<Registry>>,
-        end_of_text: Option<u32>,
+        ends: Vec<u32>,
         engine: EngineHandle,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let encoder = Encoder::new(prompts.tokenizer().clone(), end_of_text);
+        let encoder = Encoder::new(prompts.tokenizer().clone(), ends);
         let catalog = Catalog::new(tasks, prompts, adapters);
         Self { catalog, encoder, engine, metrics, in_flight: watch::Sender::new(0) }
     }
@@ -77,12 +77,16 @@ impl Service {
     /// Hands a request to the engine; all that can be wrong with it is known when this returns.
     pub async fn submit(&self, request: Request) -> Result<Ticket> {
         let mut meter = RequestMeter::new(self.metrics.clone(), request.record.clone());
+        let field = request.prompt_field();
         match self.admit(request, &mut meter).await {
             Ok((terms, sources)) => Ok(Ticket::new(terms, sources, meter)),
             Err(error) => {
                 meter.end(error.kind.row().outcome);
-                let nameless = error.kind == Kind::ContextLength && error.param.is_none();
-                Err(if nameless { error.with_param("prompt") } else { error })
+                let of_prompt = match &error.param {
+                    Some(param) => param == "prompt",
+                    None => error.kind == Kind::ContextLength,
+                };
+                Err(if of_prompt { error.with_param(field) } else { error })
             }
         }
     }
@@ -195,11 +199,8 @@ impl Service {
         let task = &target.task;
         let sampling = Arc::new(params.sampling());
         let seed = params.seed.map_or_else(random, |seed| seed as u64);
-        let ends = match self.encoder.end_of_text() {
-            Some(id) if !params.ignore_eos.unwrap_or(false) => vec![id],
-            _ => Vec::new(),
-        };
-        let stop_ids: Arc<[u32]> = ends.into();
+        let endless = params.ignore_eos.unwrap_or(false);
+        let stop_ids: Arc<[u32]> = if endless { [].into() } else { self.encoder.ends().into() };
         let echoes = params.echo.unwrap_or(false);
         // It is for the first token of the whole answer, so that the first job must keep it.
         let mut first_token_deadline = request.first_token_deadline;
@@ -288,3 +289,6 @@ fn lengths(
 fn choice_seed(seed: u64, choice: u32) -> u64 {
     mix(seed.wrapping_add(u64::from(choice).wrapping_mul(GAMMA)))
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,7 +74,7 @@ impl Shape {
             Self::Small => (8, 6, 384, 512, 16_384),
             Self::Prompter => (6, 8, 256, 256, 8192),
         };
-        let (inner, eos) = (4 * width, Some(vocab as u32 - 1));
+        let (inner, eos) = (4 * width, vec![vocab as u32 - 1]);
         let (tasks, moe) = (Vec::new(), None);
         Spec { layers, heads, width, inner, context, vocab, eps: 1e-5, eos, tasks, moe }
     }

@@ -135,11 +135,10 @@ pub fn run(args: &Generate) -> Result<Outcome> {
         })?;
         args.request(task)
     };
-    let end_of_text = bundle.end_of_text();
+    let ends = bundle.ends();
     let adapters = bundle.registry(args.compute.dtype, Bounds::NONE, metrics.clone())?;
     let adapters = Some(Arc::new(adapters));
-    let service =
-        Service::new(bundle.tasks, bundle.prompts, adapters, end_of_text, engine, metrics);
+    let service = Service::new(bundle.tasks, bundle.prompts, adapters, ends, engine, metrics);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(write(&service, request))
 }

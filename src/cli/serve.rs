@@ -51,7 +51,7 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
     let (engine, core) = start_engine(args, &bundle, &metrics);
     let announcement = announcement(args, &bundle, address);
     let dtype = bundle.held_as(args.compute.dtype);
-    let end_of_text = bundle.end_of_text();
+    let ends = bundle.ends();
     let root = args.adapters.adapter_root.clone();
     if let Some(missing) = root.as_ref().filter(|root| !root.is_dir()) {
         bail!("--adapter-root {}: no such folder", missing.display());
@@ -62,7 +62,7 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         bundle.tasks,
         bundle.prompts,
         Some(adapters),
-        end_of_text,
+        ends,
         engine.clone(),
         metrics.clone(),
     );

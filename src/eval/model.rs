@@ -30,7 +30,10 @@ pub struct Model {
     adapters: Registry,
     engine: EngineHandle,
     context: usize,
+    /// What follows a scored text.
     end_of_text: u32,
+    /// What ends a generated one.
+    ends: Arc<[u32]>,
 }
 
 /// What became of one job.
@@ -50,6 +53,7 @@ impl Model {
         let mut bundle = Bundle::open(bundle, None)?;
         let end_of_text = bundle.end_of_text();
         let end_of_text = end_of_text.context("the bundle names no end of text")?;
+        let ends = bundle.ends().into();
         let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
         let options = LoadOptions::default();
         let adapters = bundle.registry(options.dtype, Bounds::NONE, metrics.clone())?;
@@ -60,7 +64,7 @@ impl Model {
         let context = engine.capacity().map_or(bundle.spec.context, |c| c.context);
         let parameters = bundle.spec.parameters();
         let Bundle { tasks, prompts, .. } = bundle;
-        Ok(Self { tasks, parameters, prompts, adapters, engine, context, end_of_text })
+        Ok(Self { tasks, parameters, prompts, adapters, engine, context, end_of_text, ends })
     }
 
     /// The prompt of `task` for `input`, asking for `words` words if it has that control.
@@ -90,7 +94,7 @@ impl Model {
         Ok(Job {
             seed,
             min_new: min_tokens.unwrap_or(0),
-            stop_ids: Arc::new([self.end_of_text]),
+            stop_ids: self.ends.clone(),
             ..job_of(task, prompt, max_new, &self.adapters, &self.engine)?
         })
     }

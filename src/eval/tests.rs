@@ -49,7 +49,7 @@ fn bundle() -> TempDir {
         context: 96,
         vocab: 574,
         eps: 1e-5,
-        eos: fixture::tokenizer().token_id("<|endoftext|>"),
+        eos: fixture::tokenizer().token_id("<|endoftext|>").into_iter().collect(),
         tasks: Vec::new(),
         moe: None,
     };

@@ -122,6 +122,7 @@ mod tests {
             name: "image".into(),
             description: String::new(),
             template: String::new(),
+            chat_template: None,
             adapter: None,
             controls: BTreeMap::new(),
             defaults: Params::default(),

@@ -97,7 +97,7 @@ mod tests {
             context: 16,
             vocab: 100,
             eps: 1e-5,
-            eos: Some(3),
+            eos: vec![3],
             tasks: vec!["image".into()],
             moe: None,
         }

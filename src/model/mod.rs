@@ -20,7 +20,7 @@ pub mod weights;
 pub use decoder::{CausalPacked, Decoder, Pass, Site};
 pub use moe::{MoeLayer, Routes};
 pub use runner::CandleRunner;
-pub use spec::{Moe, Spec};
+pub use spec::{Moe, Spec, end_ids};
 pub use weights::Weights;
 
 pub use crate::error::Faults;

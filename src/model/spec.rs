@@ -26,8 +26,8 @@ pub struct Spec {
     pub vocab: usize,
     /// Added to the variance in layer normalisation.
     pub eps: f64,
-    /// The end-of-text token; of several the first.
-    pub eos: Option<u32>,
+    /// The tokens that end a text.
+    pub eos: Vec<u32>,
     /// `shoal.tasks`: the order in which task-indexed tensors count tasks.
     pub tasks: Vec<String>,
     /// `shoal.moe`: the blocks that have experts.
@@ -67,8 +67,8 @@ impl Spec {
             "n_head": self.heads,
             "n_inner": self.inner,
             "layer_norm_epsilon": self.eps,
-            "bos_token_id": self.eos,
-            "eos_token_id": self.eos,
+            "bos_token_id": self.eos.first(),
+            "eos_token_id": end_value(&self.eos),
             "tie_word_embeddings": true,
         });
         if !self.tasks.is_empty() {
@@ -221,19 +221,12 @@ impl Reader<'_> {
         }
     }
 
-    fn eos(&mut self, vocab: Option<usize>) -> Option<u32> {
-        let value = match self.get("eos_token_id")? {
-            Value::Array(ids) => ids.first()?,
-            id => id,
-        };
-        let vocab = vocab.unwrap_or(MAX_VOCAB);
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let id = id.filter(|&id| (id as usize) < vocab);
-        if id.is_none() {
-            let message = format!("eos_token_id is {value}; allowed: a token id below {vocab}");
-            self.fault(message);
-        }
-        id
+    fn eos(&mut self, vocab: Option<usize>) -> Vec<u32> {
+        let value = self.get("eos_token_id").cloned().unwrap_or_default();
+        end_ids(&value, vocab.unwrap_or(MAX_VOCAB)).unwrap_or_else(|fault| {
+            self.fault(fault);
+            Vec::new()
+        })
     }
 
     fn architecture(&mut self) {
@@ -318,6 +311,30 @@ impl Reader<'_> {
     }
 }
 
+/// The ids of an `eos_token_id`, as a `config.json` or `generation_config.json` has it: one, several
+/// or null.
+pub fn end_ids(value: &Value, vocab: usize) -> Result<Vec<u32>, String> {
+    let listed = match value {
+        Value::Null => &[][..],
+        Value::Array(ids) => ids,
+        one => std::slice::from_ref(one),
+    };
+    let id = |value: &Value| value.as_u64().filter(|&id| id < vocab as u64).map(|id| id as u32);
+    let ids: Option<Vec<u32>> = listed.iter().map(id).collect();
+    ids.ok_or_else(|| {
+        format!("eos_token_id is {value}; allowed: a token id below {vocab}, or a list of such")
+    })
+}
+
+/// What [`end_ids`] reads.
+fn end_value(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [one] => (*one).into(),
+        several => several.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -330,7 +347,7 @@ mod tests {
     fn reads_a_hugging_face_config() {
         let spec = Spec::from_config(&golden().to_string()).unwrap();
         assert_eq!((spec.layers, spec.heads, spec.width, spec.inner), (3, 4, 64, 256));
-        assert_eq!((spec.context, spec.vocab, spec.eos), (128, 512, Some(0)));
+        assert_eq!((spec.context, spec.vocab, spec.eos.as_slice()), (128, 512, &[0][..]));
         assert_eq!(spec.head_dim(), 16);
         assert_eq!(spec.parameters(), 191_040);
     }
@@ -340,8 +357,10 @@ mod tests {
         let mut spec = Spec::from_config(&golden().to_string()).unwrap();
         spec.tasks = vec!["image".into(), "video".into()];
         spec.inner = 100;
-        spec.eos = None;
-        assert_eq!(Spec::from_config(&spec.to_config().to_string()).unwrap(), spec);
+        for eos in [vec![], vec![3], vec![3, 5]] {
+            spec.eos = eos;
+            assert_eq!(Spec::from_config(&spec.to_config().to_string()).unwrap(), spec);
+        }
     }
 
     #[test]
@@ -363,6 +382,7 @@ mod tests {
             ("vocab_size", json!([])),
             ("layer_norm_epsilon", json!(0)),
             ("eos_token_id", json!(512)),
+            ("eos_token_id", json!([0, -1])),
             ("shoal", json!({"router": {}})),
             ("shoal", json!({"moe": []})),
             ("shoal", json!({"tasks": ["a b"]})),
@@ -394,7 +414,7 @@ mod tests {
         config["reorder_and_upcast_attn"] = json!(true);
         config["activation_function"] = json!("gelu_pytorch_tanh");
         config["eos_token_id"] = json!([7, 9]);
-        assert_eq!(Spec::from_config(&config.to_string()).unwrap().eos, Some(7));
+        assert_eq!(Spec::from_config(&config.to_string()).unwrap().eos, [7, 9]);
         config["shoal"] = json!({"tasks": ["image"]});
         assert_eq!(Spec::from_config(&config.to_string()).unwrap().tasks, ["image"]);
     }

@@ -49,6 +49,7 @@ fn raw(name: &str, description: &str) -> Task {
         name: name.into(),
         description: description.into(),
         template: RAW.into(),
+        chat_template: None,
         adapter: None,
         controls: BTreeMap::new(),
         defaults: Params::default(),
@@ -107,6 +108,7 @@ fn parse(name: &str, text: &str, faults: &mut Vec<String>) -> Task {
     let mut task = raw(name, "");
     task.description = top.take("description").unwrap_or_default();
     task.template = top.take("template").unwrap_or(task.template);
+    task.chat_template = top.take("chat_template");
     task.adapter = top.take("adapter");
     if let Some(adapter) = task.adapter.as_deref().filter(|name| !is_valid_name(name)) {
         top.fault("adapter", &format!("is {adapter:?}; allowed: 1 to 64 of A-Z a-z 0-9 . _ -"));
@@ -327,6 +329,7 @@ mod tests {
                 r#"
                 description = "One"
                 template = "<|a|>{{ controls.words }}{{ input }}"
+                chat_template = "{{ messages[0].content }}"
                 [controls.words]
                 kind = "integer"
                 range = [3, 60]
@@ -358,6 +361,7 @@ mod tests {
         assert_eq!(a.controls["words"].kind, ControlKind::Integer { minimum: 3, maximum: 60 });
         assert_eq!(a.controls["tone"].kind.allowed(), "calm, loud");
         assert_eq!((a.defaults.temperature, a.defaults.max_tokens), (Some(0.7), Some(128)));
+        assert_eq!(a.chat_template.as_deref(), Some("{{ messages[0].content }}"));
         assert_eq!(a.limits, Limits { max_input_tokens: Some(100), max_tokens: Some(200) });
         let slo = Slo { ttft_ms: Some(50.0), weight: 2.0, max_batch: 8, max_waiting: 9 };
         assert_eq!(a.slo, slo);
@@ -410,7 +414,7 @@ mod tests {
             "tasks/broken.toml: TOML parse error at line 1",
             "tasks/m.toml: the name is the bundle's own id",
             "tasks/not a name.toml: the name; allowed",
-            "tasks/image.toml: descripton is unknown; allowed: description, template,",
+            "tasks/image.toml: descripton is unknown; allowed: description, template, chat_template,",
             "tasks/image.toml: template is not possible: invalid type: integer",
             "tasks/image.toml: adapter is \"a/b\"; allowed: 1 to 64 of",
             "tasks/image.toml: controls.words.range is [60, 3]; allowed",

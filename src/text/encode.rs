@@ -30,6 +30,8 @@ pub struct Tokenizer {
     ids: HashMap<String, u32>,
     /// Control tokens, longest first, so that the first match is the right one.
     controls: Vec<(String, u32)>,
+    /// The bytes that one of them begins with.
+    first_bytes: [bool; 256],
     special: Vec<bool>,
     bytes: ByteTable,
 }
@@ -106,12 +108,16 @@ impl Tokenizer {
         let named = |t: &AddedToken| (t.content.clone(), t.id);
         let mut controls: Vec<_> = controls.into_iter().map(named).collect();
         controls.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then(a.0.cmp(&b.0)));
+        let mut first_bytes = [false; 256];
+        for token in controls.iter().filter_map(|(token, _)| token.bytes().next()) {
+            first_bytes[usize::from(token)] = true;
+        }
         let mut special = vec![false; table.ends.len()];
         for token in added.iter().filter(|t| t.special) {
             special[token.id as usize] = true;
         }
         let ids = vocab.into_iter().chain(added.iter().map(named)).collect();
-        Ok(Self { bpe, ids, controls, special, bytes: table })
+        Ok(Self { bpe, ids, controls, first_bytes, special, bytes: table })
     }
 
     /// Token ids of a user's text: special tokens inside it are plain text.
@@ -149,6 +155,11 @@ impl Tokenizer {
         self.ids.get(token).copied()
     }
 
+    /// The control tokens, which only trusted text can name.
+    pub fn controls(&self) -> impl Iterator<Item = &str> {
+        self.controls.iter().map(|(token, _)| token.as_str())
+    }
+
     /// Ids are below this.
     pub fn vocab_size(&self) -> usize {
         self.bytes.ends.len()
@@ -181,7 +192,9 @@ impl Tokenizer {
 
     /// The first control token in `text`, the longest where several begin.
     fn first_control(&self, text: &str) -> Option<(usize, &str, u32)> {
-        text.char_indices().find_map(|(at, _)| {
+        let begins = |byte: u8| self.first_bytes[usize::from(byte)];
+        let places = text.bytes().enumerate().filter(|(_, byte)| begins(*byte));
+        places.map(|(at, _)| at).filter(|at| text.is_char_boundary(*at)).find_map(|at| {
             let (token, id) =
                 self.controls.iter().find(|(t, _)| text[at..].starts_with(t.as_str()))?;
             Some((at, token.as_str(), *id))

@@ -1,7 +1,7 @@
 //! Text to tokens and back.
 //!
-//! Owns the tokenizer, the incremental decoder, the prompt templates and what a control's value
-//! becomes in a prompt. Knows no sockets, no sequences and no weights.
+//! Owns the tokenizer, the incremental decoder, the templates of prompts and chats and what a
+//! control's value becomes in a prompt. Knows no sockets, no sequences and no weights.
 //!
 //! One invariant rules here: *trusted* text (a template's literals, control tokens) may name special
 //! tokens, a user's text never does. The two are kept apart as [`Segment`]s until they are ids.
@@ -9,12 +9,16 @@
 /// What GPT-2 calls the token that ends a text.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
+mod chat;
 mod controls;
 mod decode;
+mod disguise;
 mod encode;
+mod jinja;
 mod prompt;
 mod template;
 
+pub use chat::{ChatSettings, ChatTemplate};
 pub use controls::resolve_controls;
 pub use decode::{Incremental, Piece};
 pub use encode::{LoadError, Tokenizer};

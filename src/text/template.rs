@@ -27,7 +27,7 @@ pub struct Template {
 }
 
 /// Longest source of a template, in bytes.
-const MAX_SOURCE: usize = 64 * 1024;
+pub(super) const MAX_SOURCE: usize = 64 * 1024;
 /// Instructions that one rendering may take.
 const FUEL: u64 = 100_000;
 const NAME: &str = "template";
@@ -75,7 +75,7 @@ impl Template {
 }
 
 /// Why minijinja failed, without its source excerpts.
-fn reason(error: &minijinja::Error) -> String {
+pub(super) fn reason(error: &minijinja::Error) -> String {
     match error.detail() {
         Some(detail) => format!("{}: {detail}", error.kind()),
         None => error.kind().to_string(),
@@ -159,6 +159,9 @@ mod tests {
             "{{ [input] }}",
             "{% for x in [input] %}{{ x }}{% endfor %}",
             "{% if true %}{{ controls.words[:0] ~ input }}{% endif %}",
+            "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(input) }}{{ f(input) ~ '' }}",
+            "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}{{ input }}{% endcall %}",
+            "{% block b %}{{ input }}{% endblock %}{{ self.b() }}",
         ] {
             for segment in render(source, "<|gen|>") {
                 assert!(!segment.trusted, "{source}: {segment:?}");
@@ -180,7 +183,9 @@ mod tests {
     fn mistakes_are_found() {
         let error = Template::compile("fine\n{{ input").unwrap_err();
         assert!(error.starts_with("line 2: "), "{error}");
-        for source in ["{{ inptu }}", "{{ controls.wrods }}", "{% include 'x' %}"] {
+        for source in
+            ["{{ inptu }}", "{{ controls.wrods }}", "{% include 'x' %}", "{% include 'template' %}"]
+        {
             let template = Template::compile(source);
             let rendered = template.map(|t| t.render("x", &BTreeMap::new()).is_ok());
             assert_ne!(rendered, Ok(true), "{source}");

@@ -162,7 +162,7 @@ fn spec_of(recipe: &Recipe, codec: &Codec) -> Spec {
         context: recipe.model.context,
         vocab: codec.size(),
         eps: 1e-5,
-        eos: Some(codec.end_of_text),
+        eos: vec![codec.end_of_text],
         tasks: recipe.task_names(),
         moe: None,
     }

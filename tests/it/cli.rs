@@ -66,7 +66,7 @@ fn bundle_of(moe: Option<Moe>) -> TempDir {
         context: 64,
         vocab: 572,
         eps: 1e-5,
-        eos: Some(0),
+        eos: vec![0],
         tasks: if moe.is_some() { vec!["image".into()] } else { Vec::new() },
         moe,
     };

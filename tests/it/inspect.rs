@@ -63,7 +63,7 @@ fn bundle_of_experts() -> TempDir {
         context: 64,
         vocab: 572,
         eps: 1e-5,
-        eos: Some(0),
+        eos: vec![0],
         tasks: TASKS.map(str::to_owned).into(),
         moe: Some(Moe { layers: vec![0, 1], experts: 3, top_k: 1, gate: Gate::Task }),
     };

@@ -25,6 +25,7 @@ fn tasks(slos: impl IntoIterator<Item = Slo>) -> TaskTable {
         name: format!("task-{index}"),
         description: String::new(),
         template: String::new(),
+        chat_template: None,
         adapter: None,
         controls: Default::default(),
         defaults: Params::default(),

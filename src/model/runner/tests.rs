@@ -26,7 +26,7 @@ fn runner_over(edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> CandleRunner {
         context: CONTEXT,
         vocab: VOCAB,
         eps: 1e-5,
-        eos: None,
+        eos: Vec::new(),
         tasks: Vec::new(),
         moe: None,
     };

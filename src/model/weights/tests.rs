@@ -17,7 +17,7 @@ fn spec() -> Spec {
         context: 4,
         vocab: 6,
         eps: 1e-5,
-        eos: None,
+        eos: Vec::new(),
         tasks: Vec::new(),
         moe: None,
     }

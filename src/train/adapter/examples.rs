@@ -105,7 +105,8 @@ impl Layout {
 impl Examples {
     /// Reads the recipe's files. Examples that do not fit the context are left out, and counted aloud.
     pub fn read(recipe: &Recipe, spec: &Spec) -> Result<Self> {
-        let (codec, context) = (Codec::of_bundle(&recipe.base, spec.eos)?, spec.context);
+        let (codec, context) =
+            (Codec::of_bundle(&recipe.base, spec.eos.first().copied())?, spec.context);
         let layout = Layout::of(&recipe.task, &codec);
         let (mut training, mut held_out, mut too_long) = (Vec::new(), Vec::new(), 0);
         for pair in pairs(recipe)? {

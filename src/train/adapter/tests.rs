@@ -22,7 +22,7 @@ fn base(gate: Gate, layers: &[usize]) -> TempDir {
         context: 32,
         vocab: 512,
         eps: 1e-5,
-        eos: Some(0),
+        eos: vec![0],
         tasks: if gate.knows_tasks() { vec!["a".into(), "b".into()] } else { Vec::new() },
         moe: Some(moe),
     };

@@ -25,7 +25,7 @@ fn spec() -> Spec {
         context: 64,
         vocab: 400,
         eps: 1e-5,
-        eos: Some(0),
+        eos: vec![0],
         tasks: Vec::new(),
         moe: None,
     }

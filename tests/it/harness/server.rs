@@ -56,6 +56,7 @@ pub fn task(name: &str) -> Task {
         name: name.into(),
         description: format!("Repeats an idea for {name}."),
         template: "{{ controls.words }}{{ input }}<|gen|>".into(),
+        chat_template: None,
         adapter: None,
         controls: [("words".to_string(), words)].into(),
         defaults: Params { max_tokens: Some(64), ..Params::default() },
@@ -160,9 +161,8 @@ impl Server {
         let metrics = setup.metrics.unwrap_or_else(|| Arc::new(Metrics::new(&tasks.names())));
         let (engine, thread) = start(build, &tasks, setup.settings, metrics.clone());
         let prompts = Prompts::new(&tasks, setup.tokenizer).unwrap();
-        let end_of_text = prompts.tokenizer().token_id("<|endoftext|>");
-        let service =
-            Service::new(tasks, prompts, setup.adapters, end_of_text, engine.clone(), metrics);
+        let ends = prompts.tokenizer().token_id("<|endoftext|>").into_iter().collect();
+        let service = Service::new(tasks, prompts, setup.adapters, ends, engine.clone(), metrics);
         let app = Arc::new(App::new(service, setup.limits, "f32").with_admin(setup.admin));
         let (signals, stop) = mpsc::channel(2);
         let serving = tokio::spawn(serve(listener, app, setup.shutdown_timeout, stop));

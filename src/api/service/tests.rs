@@ -1,0 +1,75 @@
+//! What no wire needs to be there for: over a pretend model that counts.
+
+use super::*;
+use crate::engine::fake::FakeRunner;
+use crate::engine::{Settings, State, start};
+use crate::request::{Finish, Input, Message};
+use crate::text::fixture;
+
+/// A service of the task `image` and the bundle `tiny`, both raw text, whose texts end with `ends`.
+async fn service(ends: Vec<u32>) -> Service {
+    let named = |name: &str| Task { name: name.into(), ..Task::parse("raw", "").unwrap() };
+    let tasks = TaskTable::new(vec![named("image"), named("tiny")]);
+    let metrics = Arc::new(Metrics::new(&tasks.names()));
+    let capacity = Capacity { blocks: 64, block_size: 16, context: 64, vocab: 512 };
+    let count = |tokens: &[u32]| tokens[tokens.len() - 1] + 1;
+    let build = move || Ok(FakeRunner::new(capacity).with_model(count));
+    let (engine, _) = start(build, &tasks, Settings::default(), metrics.clone());
+    engine.watch().wait_for(|state| *state == State::Ready).await.unwrap();
+    let tokenizer = Arc::new(Tokenizer::from_json(fixture::GPT2_TINY).unwrap());
+    let prompts = Prompts::new(&tasks, tokenizer).unwrap();
+    Service::new(tasks, prompts, None, ends, engine, metrics)
+}
+
+fn request(model: &str, input: Input) -> Request {
+    Request {
+        record: Record::new("r"),
+        model: model.into(),
+        adapters: None,
+        task: None,
+        debug: false,
+        inputs: vec![input],
+        controls: Default::default(),
+        params: Params { temperature: Some(0.0), ..Params::default() },
+        usual_max_tokens: Some(8),
+        deadline: None,
+        first_token_deadline: None,
+    }
+}
+
+#[tokio::test]
+async fn a_text_ends_with_any_of_its_ends() {
+    let service = service(vec![20, 7]).await;
+    for (first, tokens, finish) in
+        [(5, 1, Finish::Stop), (17, 2, Finish::Stop), (30, 8, Finish::Length)]
+    {
+        let ticket = service.submit(request("tiny", Input::Tokens(vec![first]))).await.unwrap();
+        let reply = ticket.collect().await.unwrap();
+        assert_eq!(reply.choices[0].end.as_ref().unwrap().finish, finish, "{first}");
+        assert_eq!(reply.usage.completion_tokens, tokens, "{first}");
+    }
+    let mut endless = request("tiny", Input::Tokens(vec![5]));
+    endless.params.ignore_eos = Some(true);
+    let reply = service.submit(endless).await.unwrap().collect().await.unwrap();
+    assert_eq!(reply.choices[0].end.as_ref().unwrap().finish, Finish::Length);
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_a_conversation_is_said_of_messages() {
+    let service = service(vec![0]).await;
+    let said = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+    let submit = async |model: &str, messages: &[Message]| {
+        service.submit(request(model, Input::Chat(messages.to_vec()))).await.map(|_| ())
+    };
+    submit("image", &[said("user", "Hello")]).await.unwrap();
+    for (model, messages, param, code) in [
+        ("tiny", vec![said("user", "Hello")], "model", Some("no_chat_template")),
+        ("image", vec![said("system", "Hello")], "messages", None),
+        ("image", vec![said("user", &"long ".repeat(60))], "messages", None),
+        ("image", vec![said("user", &"long ".repeat(60_000))], "messages", None),
+        ("image", vec![], "messages", None),
+    ] {
+        let error = submit(model, &messages).await.unwrap_err();
+        assert_eq!((error.param.as_deref(), error.code), (Some(param), code), "{error}");
+    }
+}
