@@ -78,6 +78,12 @@ pub struct Serve {
     /// What is logged
     #[command(flatten)]
     pub logging: Logging,
+    /// Collector of traces, such as http://127.0.0.1:4318: OTLP over HTTP [environment also: OTEL_EXPORTER_OTLP_ENDPOINT]
+    #[arg(long)]
+    pub otlp_endpoint: Option<String>,
+    /// What this server is called in traces [environment also: OTEL_SERVICE_NAME]
+    #[arg(long, default_value = "shoal")]
+    pub otlp_service_name: String,
 }
 
 /// What a command that runs the model can be told.

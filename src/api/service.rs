@@ -11,7 +11,7 @@ use crate::engine::{Capacity, EngineHandle, Job};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{GAMMA, mix, random};
 use crate::metrics::{Metrics, RequestMeter};
-use crate::request::{Params, Request};
+use crate::request::{Input, Params, Request};
 use crate::task::{Task, TaskTable};
 use crate::telemetry::{Record, now};
 use crate::text::{Prompt, Prompts, Tokenizer};
@@ -91,6 +91,14 @@ impl Service {
         }
     }
 
+    /// What the model would read of a request.
+    pub async fn prompts(&self, request: &Request) -> Result<Vec<Prompt>> {
+        let found = self.catalog.find(&request.model)?;
+        let capacity = self.engine.ready()?;
+        let target = self.catalog.target(request, found, &self.engine)?;
+        self.encode(&target, request, capacity).await
+    }
+
     /// Turns text into tokens and back.
     pub fn tokenizer(&self) -> &Arc<Tokenizer> {
         self.encoder.tokenizer()
@@ -112,6 +120,10 @@ impl Service {
         let target = self.catalog.target(&request, found, &self.engine)?;
         request.record.note(|facts| {
             facts.model = Some(request.model.clone());
+            facts.operation = match request.inputs.first() {
+                Some(Input::Chat(_)) => "chat",
+                _ => "text_completion",
+            };
             let parts = target.adapters.iter().flat_map(|chosen| &chosen.parts);
             facts.adapters = parts.map(|(name, ..)| name.clone()).collect();
         });

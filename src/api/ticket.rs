@@ -343,7 +343,10 @@ impl Ticket {
         slowest.prefill = slowest.prefill.max(timing.prefill);
         slowest.decode = slowest.decode.max(timing.decode);
         let timing = *slowest;
-        self.terms.record.note(|facts| facts.timing = timing);
+        self.terms.record.note(|facts| {
+            facts.timing = timing;
+            facts.finishes.push(finish);
+        });
     }
 }
 

@@ -9,7 +9,7 @@ use shoal::config::{LogFormat, Serve};
 use shoal::engine::{EngineHandle, Settings, State};
 use shoal::metrics::Metrics;
 use shoal::model::LoadOptions;
-use shoal::telemetry;
+use shoal::telemetry::{self, traces::Traces};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,6 +21,9 @@ const SOCKET_THREADS: usize = 2;
 
 /// How long the engine's thread gets to end once it has nothing left to do.
 const CORE_END: Duration = Duration::from_secs(1);
+
+/// How long a collector gets to take the last spans.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 
 /// Serves until a signal or the engine ends it.
 pub fn run(args: &Serve) -> Result<Outcome> {
@@ -74,9 +77,14 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         max_connections: args.max_connections(),
         ..Limits::default()
     };
-    let app = Arc::new(App::new(service, limits, dtype).with_admin(admin));
+    let traces = traces(args)?;
+    let app = App::new(service, limits, dtype).with_admin(admin).with_traces(traces.clone());
     tokio::spawn(announce(engine, metrics, announcement, started));
-    let ended = api::serve(listener, app, args.shutdown_timeout, stop).await;
+    let ended = api::serve(listener, Arc::new(app), args.shutdown_timeout, stop).await;
+    if let Some(traces) = traces {
+        let sent = tokio::task::spawn_blocking(move || traces.finish());
+        let _ = tokio::time::timeout(LAST_SPANS, sent).await;
+    }
     Ok(match ended {
         Ended::Failed => Outcome::EngineFailed,
         Ended::TimedOut | Ended::Interrupted => Outcome::Failed,
@@ -88,6 +96,14 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
             Outcome::Done
         }
     })
+}
+
+/// Where traces go, if anywhere.
+fn traces(args: &Serve) -> Result<Option<Arc<Traces>>> {
+    let Some(endpoint) = &args.otlp_endpoint else { return Ok(None) };
+    let traces = Traces::start(endpoint, &args.otlp_service_name)
+        .map_err(|error| anyhow!("--otlp-endpoint {endpoint}: {error}"))?;
+    Ok(Some(Arc::new(traces)))
 }
 
 /// The bundle's adapters and those that were named; what a task needs is never given up.

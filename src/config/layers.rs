@@ -23,7 +23,12 @@ const FILE: &str = "config_file";
 const FILE_VARIABLE: &str = "SHOAL_CONFIG";
 const PRINT: &str = "print_config";
 /// Variables that others set, read where ours is absent.
-const ALIASES: &[(&str, &str)] = &[("port", "PORT"), ("log", "RUST_LOG")];
+const ALIASES: &[(&str, &str)] = &[
+    ("port", "PORT"),
+    ("log", "RUST_LOG"),
+    ("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
+    ("otlp_service_name", "OTEL_SERVICE_NAME"),
+];
 
 /// Why there is nothing to run.
 #[derive(Debug)]

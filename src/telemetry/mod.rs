@@ -1,6 +1,7 @@
 //! The one clock, what is logged and how, and the record of each request.
 
 mod record;
+pub mod traces;
 
 pub use record::{Facts, Record};
 

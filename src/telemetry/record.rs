@@ -2,7 +2,8 @@
 //! trace and of what its reply says of itself. Never holds a prompt, a text or a key.
 
 use super::now;
-use crate::request::{Timing, Usage};
+use crate::request::{Finish, Timing, Usage};
+use opentelemetry::trace::SpanContext;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -13,6 +14,8 @@ pub struct Record {
     pub id: String,
     /// When its head arrived.
     pub arrived: Instant,
+    /// The caller's span.
+    pub parent: Option<SpanContext>,
     facts: Mutex<Facts>,
 }
 
@@ -21,10 +24,14 @@ pub struct Record {
 pub struct Facts {
     /// The task, the bundle or the adapter that it is for, once that is known to exist.
     pub model: Option<String>,
+    /// What is done with it, as OpenTelemetry calls it.
+    pub operation: &'static str,
     /// Names of the adapters that it runs with.
     pub adapters: Vec<String>,
     /// How it ended, as the metrics count it.
     pub outcome: Option<&'static str>,
+    /// How its texts ended.
+    pub finishes: Vec<Finish>,
     /// Its tokens.
     pub usage: Usage,
     /// Where its time went; the slowest choice's.
@@ -34,7 +41,12 @@ pub struct Facts {
 impl Record {
     /// The record of a request that has just arrived.
     pub fn new(id: impl Into<String>) -> Arc<Self> {
-        Arc::new(Self { id: id.into(), arrived: now(), facts: Mutex::default() })
+        Self::with_parent(id, None)
+    }
+
+    /// The same, with the caller's span.
+    pub fn with_parent(id: impl Into<String>, parent: Option<SpanContext>) -> Arc<Self> {
+        Arc::new(Self { id: id.into(), arrived: now(), parent, facts: Mutex::default() })
     }
 
     /// Adds to what is known.

@@ -28,4 +28,5 @@ mod metrics;
 /// The native wire, which knows tasks.
 mod native;
 /// From examples to an endpoint.
+mod traces;
 mod training;

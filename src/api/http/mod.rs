@@ -14,6 +14,7 @@ pub mod respond;
 
 use super::{Admin, Service, admin, native, openai};
 use crate::error::{Error, Kind, Result};
+use crate::telemetry::traces::Traces;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
@@ -71,6 +72,8 @@ pub struct App {
     pub admin: Option<Admin>,
     /// The bundle's id.
     pub bundle: Arc<str>,
+    /// Where traces of requests go, if anywhere.
+    pub traces: Option<Arc<Traces>>,
     /// What the weights are held in, for `/info`.
     pub dtype: String,
     /// When the server started, in seconds since 1970.
@@ -85,12 +88,18 @@ impl App {
     pub fn new(service: Service, limits: Limits, dtype: impl Into<String>) -> Self {
         let bundle = service.catalog().listing().tasks.bundle().name.as_str().into();
         let created = answer::unix_time();
-        Self { service, limits, admin: None, bundle, dtype: dtype.into(), created }
+        let dtype = dtype.into();
+        Self { service, limits, admin: None, bundle, traces: None, dtype, created }
     }
 
     /// The same, to be changed by some.
     pub fn with_admin(self, admin: Option<Admin>) -> Self {
         Self { admin, ..self }
+    }
+
+    /// The same, with traces of its requests.
+    pub fn with_traces(self, traces: Option<Arc<Traces>>) -> Self {
+        Self { traces, ..self }
     }
 
     /// The routes.
@@ -108,7 +117,7 @@ impl App {
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed)
             .layer(CatchPanicLayer::custom(panicked))
-            .layer(middleware::from_fn(observe::observe))
+            .layer(middleware::from_fn_with_state(self.traces.clone(), observe::observe))
             .with_state(self)
     }
 
@@ -117,7 +126,7 @@ impl App {
         Router::new()
             .route("/livez", get(health::live))
             .fallback(full)
-            .layer(middleware::from_fn(observe::observe))
+            .layer(middleware::from_fn_with_state(self.traces.clone(), observe::observe))
             .with_state(self)
     }
 

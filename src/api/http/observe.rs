@@ -2,26 +2,34 @@
 //! byte is written or its client has left. The line never holds a prompt, a text or a query.
 
 use super::call::{Head, REQUEST_ID};
+use crate::telemetry::traces::{self, Exchange, Traces};
 use crate::telemetry::{Record, now};
 use axum::body::{Body, Bytes};
-use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderValue, Method, StatusCode};
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use opentelemetry::propagation::Extractor;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// The middleware.
-pub async fn observe(mut request: Request, next: Next) -> Response {
-    let record = Record::new(Head::id(request.headers()));
+/// The middleware; where there are traces, each request becomes a part of one.
+pub async fn observe(
+    State(traces): State<Option<Arc<Traces>>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let headers = request.headers();
+    let record = Record::with_parent(Head::id(headers), traces::parent(&Caller(headers)));
     request.extensions_mut().insert(record.clone());
     let mut line = Line {
         route: request.extensions().get::<MatchedPath>().cloned(),
         method: request.method().clone(),
         record,
+        traces,
         status: None,
         bytes: 0,
         whole: false,
@@ -35,11 +43,25 @@ pub async fn observe(mut request: Request, next: Next) -> Response {
     response.map(|inner| Body::new(Logged { inner, line }))
 }
 
-/// The access log's line, written when dropped.
+/// Headers, as W3C's trace context is read from them.
+struct Caller<'a>(&'a HeaderMap);
+
+impl Extractor for Caller<'_> {
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(HeaderName::as_str).collect()
+    }
+}
+
+/// The access log's line, written when dropped, and the end of the request's trace.
 struct Line {
     route: Option<MatchedPath>,
     method: Method,
     record: Arc<Record>,
+    traces: Option<Arc<Traces>>,
     /// `None` while there is no response yet.
     status: Option<StatusCode>,
     bytes: usize,
@@ -51,13 +73,19 @@ impl Drop for Line {
     fn drop(&mut self) {
         let facts = self.record.facts();
         let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        // 499 is what the error table calls a client that left.
+        let status = self.status.filter(|_| self.whole).map_or(499, |status| status.as_u16());
+        let route = self.route.as_ref().map(MatchedPath::as_str);
+        if let Some(traces) = &self.traces {
+            traces.record(&self.record, &Exchange { method: self.method.as_str(), route, status });
+        }
         tracing::info!(
             target: "shoal::access",
             id = self.record.id,
+            trace = self.record.parent.as_ref().map(|parent| parent.trace_id().to_string()),
             method = %self.method,
-            route = self.route.as_ref().map_or("none", MatchedPath::as_str),
-            // 499 is what the error table calls a client that left.
-            status = self.status.filter(|_| self.whole).map_or(499, |s| s.as_u16()),
+            route = route.unwrap_or("none"),
+            status,
             bytes = self.bytes,
             ms = ms(now() - self.record.arrived),
             task = facts.model,

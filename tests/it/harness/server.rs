@@ -11,6 +11,7 @@ use shoal::metrics::Metrics;
 use shoal::model::step::{Capacity, Runner, StepError};
 use shoal::request::Params;
 use shoal::task::{Control, ControlKind, Slo, Task, TaskTable};
+use shoal::telemetry::traces::Traces;
 use shoal::text::{Prompts, Tokenizer};
 use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
@@ -110,6 +111,7 @@ pub struct Setup {
     pub adapters: Option<Arc<Registry>>,
     pub metrics: Option<Arc<Metrics>>,
     pub admin: Option<Admin>,
+    pub traces: Option<Arc<Traces>>,
 }
 
 impl Default for Setup {
@@ -123,6 +125,7 @@ impl Default for Setup {
             adapters: None,
             metrics: None,
             admin: None,
+            traces: None,
         }
     }
 }
@@ -163,7 +166,8 @@ impl Server {
         let prompts = Prompts::new(&tasks, setup.tokenizer).unwrap();
         let ends = prompts.tokenizer().token_id("<|endoftext|>").into_iter().collect();
         let service = Service::new(tasks, prompts, setup.adapters, ends, engine.clone(), metrics);
-        let app = Arc::new(App::new(service, setup.limits, "f32").with_admin(setup.admin));
+        let app = App::new(service, setup.limits, "f32");
+        let app = Arc::new(app.with_admin(setup.admin).with_traces(setup.traces));
         let (signals, stop) = mpsc::channel(2);
         let serving = tokio::spawn(serve(listener, app, setup.shutdown_timeout, stop));
         Self { client, engine, signals, thread: Some(thread), serving }
