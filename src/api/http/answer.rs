@@ -28,8 +28,8 @@ pub trait Writer: Send + 'static {
         HeaderMap::new()
     }
 
-    /// Adds the frames of one chunk; `last` is the usage if no chunk follows.
-    fn chunk(&mut self, chunk: &Chunk, last: Option<Usage>, frames: &mut Frames);
+    /// Adds the frames of one chunk.
+    fn chunk(&mut self, chunk: &Chunk, sofar: &Progress, frames: &mut Frames);
 
     /// Adds the frames that follow the last chunk.
     fn end(&mut self, _: Usage, frames: &mut Frames) {
@@ -40,6 +40,15 @@ pub trait Writer: Send + 'static {
     fn error(&self, error: &Error) -> Vec<u8> {
         error_body(error)
     }
+}
+
+/// How far a stream is, with the chunk that is being written.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Tokens so far.
+    pub usage: Usage,
+    /// Whether no chunk follows.
+    pub over: bool,
 }
 
 impl App {
@@ -77,8 +86,8 @@ fn frames(ticket: Ticket, writer: impl Writer) -> impl Stream<Item = Result<Even
         {
             let ended = match live.next().await {
                 Some(Ok(chunk)) => {
-                    let last = live.is_over().then(|| live.usage());
-                    writer.chunk(&chunk, last, &mut ready);
+                    let sofar = Progress { usage: live.usage(), over: live.is_over() };
+                    writer.chunk(&chunk, &sofar, &mut ready);
                     false
                 }
                 Some(Err(error)) => {

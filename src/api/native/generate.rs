@@ -1,7 +1,7 @@
 //! `POST /v1/tasks/{task}/generate`: a task's input and controls in, texts with their words out.
 
 use crate::api::Service;
-use crate::api::http::answer::{Frames, Tokens, Writer, unix_time};
+use crate::api::http::answer::{Frames, Progress, Tokens, Writer, unix_time};
 use crate::api::http::call::{Call, Head};
 use crate::api::http::debug::{Debug, Reported};
 use crate::api::http::fields::{Fields, missing};
@@ -126,8 +126,8 @@ impl Writer for NativeWriter {
         self.answer(&choices, Some(reply.usage))
     }
 
-    fn chunk(&mut self, chunk: &Chunk, last: Option<Usage>, frames: &mut Frames) {
-        frames.push_back(self.answer(&[self.piece(chunk)], last));
+    fn chunk(&mut self, chunk: &Chunk, sofar: &Progress, frames: &mut Frames) {
+        frames.push_back(self.answer(&[self.piece(chunk)], sofar.over.then_some(sofar.usage)));
     }
 }
 

@@ -1,9 +1,9 @@
 //! `POST /v1/completions`: OpenAI's legacy completions, with a task, the bundle or an adapter as the model.
 
-use super::Delivery;
 use super::logprobs::Logprobs;
+use super::{Delivery, FINGERPRINT};
 use crate::api::http::App;
-use crate::api::http::answer::{Frames, Tokens, Writer, unix_time};
+use crate::api::http::answer::{Frames, Progress, Tokens, Writer, unix_time};
 use crate::api::http::call::{Call, Head};
 use crate::api::http::debug::{Debug, Reported};
 use crate::api::http::fields::{Fields, missing};
@@ -31,7 +31,7 @@ pub async fn completions(State(app): State<Arc<App>>, head: Head, body: Body) ->
     let (request, delivery) = app.read(&head, body, completion).await?;
     let ticket = app.service.submit(request).await?;
     let tokenizer = app.service.tokenizer().clone();
-    let writer = CompletionWriter::new(&ticket, tokenizer, delivery.include_usage);
+    let writer = CompletionWriter::new(&ticket, tokenizer, delivery);
     app.answer(ticket, writer, delivery.stream).await
 }
 
@@ -85,8 +85,7 @@ struct CompletionWriter {
     /// The name that the client asked for.
     model: String,
     created: u64,
-    /// Whether frames have a field for usage, and the stream a frame for it.
-    include_usage: bool,
+    delivery: Delivery,
     reported: Reported,
     tokenizer: Arc<Tokenizer>,
 }
@@ -96,6 +95,7 @@ struct Completion<'a> {
     id: &'a str,
     object: &'static str,
     model: &'a str,
+    system_fingerprint: &'static str,
     created: u64,
     choices: &'a [Piece<'a>],
     /// Absent, `null`, or a value.
@@ -114,12 +114,12 @@ struct Piece<'a> {
 }
 
 impl CompletionWriter {
-    fn new(ticket: &Ticket, tokenizer: Arc<Tokenizer>, include_usage: bool) -> Self {
+    fn new(ticket: &Ticket, tokenizer: Arc<Tokenizer>, delivery: Delivery) -> Self {
         Self {
             id: format!("cmpl-{}", ticket.id()),
             model: ticket.model().to_owned(),
             created: unix_time(),
-            include_usage,
+            delivery,
             reported: Reported::of(ticket),
             tokenizer,
         }
@@ -141,6 +141,7 @@ impl CompletionWriter {
             id: &self.id,
             object: "text_completion",
             model: &self.model,
+            system_fingerprint: FINGERPRINT,
             created: self.created,
             choices,
             usage,
@@ -154,12 +155,12 @@ impl Writer for CompletionWriter {
         self.body(&choices, Some(Some(reply.usage.into())))
     }
 
-    fn chunk(&mut self, chunk: &Chunk, _: Option<Usage>, frames: &mut Frames) {
-        frames.push_back(self.body(&[self.piece(chunk)], self.include_usage.then_some(None)));
+    fn chunk(&mut self, chunk: &Chunk, sofar: &Progress, frames: &mut Frames) {
+        frames.push_back(self.body(&[self.piece(chunk)], self.delivery.usage_of(sofar)));
     }
 
     fn end(&mut self, usage: Usage, frames: &mut Frames) {
-        if self.include_usage {
+        if self.delivery.include_usage {
             frames.push_back(self.body(&[], Some(Some(usage.into()))));
         }
         frames.push_back(b"[DONE]".to_vec());

@@ -1,4 +1,4 @@
-//! Log-probabilities in the shape of OpenAI's legacy completions.
+//! Log-probabilities in the shapes of OpenAI's legacy completions and of its chat.
 
 use crate::api::ticket::ScoredToken;
 use crate::text::Tokenizer;
@@ -61,4 +61,41 @@ fn top(tokenizer: &Tokenizer, best: &[(u32, f32)], chosen: (u32, f32)) -> Top {
         }
     }
     Top(named)
+}
+
+/// `logprobs` of a chat's message.
+#[derive(Serialize)]
+pub struct ChatLogprobs {
+    content: Vec<ChatToken>,
+    /// Nothing here refuses in words.
+    refusal: Option<()>,
+}
+
+#[derive(Serialize)]
+struct ChatToken {
+    #[serde(flatten)]
+    token: Alternative,
+    top_logprobs: Vec<Alternative>,
+}
+
+#[derive(Serialize)]
+struct Alternative {
+    token: String,
+    logprob: f32,
+    bytes: Vec<u8>,
+}
+
+impl ChatLogprobs {
+    /// These tokens.
+    pub fn of(tokenizer: &Tokenizer, tokens: &[ScoredToken]) -> Self {
+        let alternative = |(id, logprob): (u32, f32)| {
+            let bytes = tokenizer.token_bytes(id);
+            Alternative { token: name(bytes), logprob: logprob.max(LEAST), bytes: bytes.to_vec() }
+        };
+        let token = |token: &ScoredToken| ChatToken {
+            token: alternative((token.id, token.logprob.unwrap_or(0.0))),
+            top_logprobs: token.top.iter().copied().map(alternative).collect(),
+        };
+        Self { content: tokens.iter().map(token).collect(), refusal: None }
+    }
 }

@@ -1,0 +1,287 @@
+//! `POST /v1/chat/completions`: messages in, an assistant's message out. How messages become a prompt is
+//! the template's business, in [`crate::text`].
+
+use super::logprobs::ChatLogprobs;
+use super::{Delivery, FINGERPRINT};
+use crate::api::http::App;
+use crate::api::http::answer::{Frames, Progress, Tokens, Writer, unix_time};
+use crate::api::http::call::{Call, Head};
+use crate::api::http::debug::{Debug, Reported};
+use crate::api::http::fields::{Fields, missing};
+use crate::api::http::params::{Asked, request, sampling};
+use crate::api::http::respond::to_json;
+use crate::api::ticket::{Chunk, Reply, Ticket};
+use crate::error::{Error, Result};
+use crate::request::{Input, Message, Params, Request, Usage};
+use crate::text::Tokenizer;
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::Response;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// The most messages that one body may hold.
+const MAX_MESSAGES: usize = 1024;
+
+/// The handler.
+pub async fn chat(State(app): State<Arc<App>>, head: Head, body: Body) -> Result<Response> {
+    let (request, delivery) = app.read(&head, body, read).await?;
+    let ticket = app.service.submit(request).await?;
+    let writer = ChatWriter::new(&ticket, app.service.tokenizer().clone(), delivery);
+    app.answer(ticket, writer, delivery.stream).await
+}
+
+/// Reads a body.
+fn read(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
+    let model = body.take("model")?.ok_or_else(|| missing("model"))?;
+    let messages = messages(&mut body)?;
+    let delivery = Delivery::read(&mut body)?;
+    let params = Params { logprobs: logprobs(&mut body)?, ..sampling(&mut body)? };
+    let inputs = vec![Input::Chat(messages)];
+    let asked = Asked { model, inputs, params, usual_max_tokens: None };
+    Ok((request(body, call, asked)?, delivery))
+}
+
+/// `messages`: an array of `{"role", "content"}`, where content is a text or a list of texts.
+pub fn messages(body: &mut Fields) -> Result<Vec<Message>> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Given {
+        role: String,
+        content: Content,
+    }
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "content must be a string or an array of {type: text, text}")]
+    enum Content {
+        Text(String),
+        Parts(Vec<Part>),
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields, tag = "type", rename_all = "lowercase")]
+    enum Part {
+        Text { text: String },
+    }
+    let given: Vec<Given> = body.take("messages")?.ok_or_else(|| missing("messages"))?;
+    if given.is_empty() || given.len() > MAX_MESSAGES {
+        let message = format!("messages has {} entries; allowed: 1 to {MAX_MESSAGES}", given.len());
+        return Err(Error::invalid("messages", message));
+    }
+    let text = |content| match content {
+        Content::Text(text) => text,
+        Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect(),
+    };
+    let message = |given: Given| Message { role: given.role, content: text(given.content) };
+    Ok(given.into_iter().map(message).collect())
+}
+
+/// `logprobs` is a switch here, and `top_logprobs` how many alternatives.
+fn logprobs(body: &mut Fields) -> Result<Option<u32>> {
+    let wanted = body.take("logprobs")?.unwrap_or(false);
+    match (wanted, body.take("top_logprobs")?) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, None) => Ok(None),
+        (false, Some(_)) => {
+            let message = "top_logprobs is allowed only with logprobs: true";
+            Err(Error::invalid("top_logprobs", message))
+        }
+    }
+}
+
+/// Writes chat completions.
+struct ChatWriter {
+    id: String,
+    /// The name that the client asked for.
+    model: String,
+    created: u64,
+    delivery: Delivery,
+    reported: Reported,
+    tokenizer: Arc<Tokenizer>,
+    /// The choices that have said who speaks.
+    begun: Vec<bool>,
+}
+
+#[derive(Serialize)]
+struct Completion<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'static str,
+    choices: &'a [C],
+    /// Absent, `null`, or a value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Tokens>>,
+}
+
+/// A choice of a whole answer.
+#[derive(Serialize)]
+struct Whole<'a> {
+    index: usize,
+    message: Assistant<'a>,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    debug: Option<Debug<'a>>,
+}
+
+#[derive(Serialize)]
+struct Assistant<'a> {
+    role: &'static str,
+    content: &'a str,
+    /// Nothing here refuses in words.
+    refusal: Option<&'a str>,
+}
+
+/// A choice in a frame.
+#[derive(Serialize)]
+struct Piece<'a> {
+    index: usize,
+    delta: Delta<'a>,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    debug: Option<Debug<'a>>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+impl ChatWriter {
+    fn new(ticket: &Ticket, tokenizer: Arc<Tokenizer>, delivery: Delivery) -> Self {
+        Self {
+            id: format!("chatcmpl-{}", ticket.id()),
+            model: ticket.model().to_owned(),
+            created: unix_time(),
+            delivery,
+            reported: Reported::of(ticket),
+            tokenizer,
+            begun: Vec::new(),
+        }
+    }
+
+    fn body<C: Serialize>(
+        &self,
+        object: &'static str,
+        choices: &[C],
+        usage: Option<Option<Tokens>>,
+    ) -> Vec<u8> {
+        let (id, model, created) = (&self.id, &self.model, self.created);
+        let system_fingerprint = FINGERPRINT;
+        to_json(&Completion { id, object, created, model, system_fingerprint, choices, usage })
+    }
+
+    fn frame(&self, choices: &[Piece], usage: Option<Option<Tokens>>) -> Vec<u8> {
+        self.body("chat.completion.chunk", choices, usage)
+    }
+
+    fn logprobs(&self, chunk: &Chunk) -> Option<ChatLogprobs> {
+        chunk.logprobs.as_ref().map(|tokens| ChatLogprobs::of(&self.tokenizer, tokens))
+    }
+
+    fn message<'a>(&'a self, chunk: &'a Chunk) -> Whole<'a> {
+        let end = chunk.end.as_ref();
+        Whole {
+            index: chunk.index,
+            message: Assistant { role: "assistant", content: &chunk.text, refusal: None },
+            logprobs: self.logprobs(chunk),
+            finish_reason: end.map(|end| end.finish.as_str()),
+            debug: self.reported.debug(end),
+        }
+    }
+
+    /// Whether this is the first that is heard of a choice.
+    fn begins(&mut self, index: usize) -> bool {
+        self.begun.resize(self.begun.len().max(index + 1), false);
+        !std::mem::replace(&mut self.begun[index], true)
+    }
+}
+
+impl Writer for ChatWriter {
+    fn whole(&self, reply: &Reply) -> Vec<u8> {
+        let choices: Vec<Whole> = reply.choices.iter().map(|chunk| self.message(chunk)).collect();
+        self.body("chat.completion", &choices, Some(Some(reply.usage.into())))
+    }
+
+    fn chunk(&mut self, chunk: &Chunk, sofar: &Progress, frames: &mut Frames) {
+        let (index, usage) = (chunk.index, self.delivery.usage_of(sofar));
+        let piece =
+            |delta| Piece { index, delta, logprobs: None, finish_reason: None, debug: None };
+        if self.begins(index) {
+            let delta = Delta { role: Some("assistant"), content: Some("") };
+            frames.push_back(self.frame(&[piece(delta)], usage));
+        }
+        let delta = Delta { role: None, content: Some(&chunk.text) };
+        let content = Piece { logprobs: self.logprobs(chunk), ..piece(delta) };
+        frames.push_back(self.frame(&[content], usage));
+        if let Some(end) = &chunk.end {
+            let finish_reason = Some(end.finish.as_str());
+            let debug = self.reported.debug(Some(end));
+            let last = Piece { finish_reason, debug, ..piece(Delta::default()) };
+            frames.push_back(self.frame(&[last], usage));
+        }
+    }
+
+    fn end(&mut self, usage: Usage, frames: &mut Frames) {
+        if self.delivery.include_usage {
+            frames.push_back(self.frame(&[], Some(Some(usage.into()))));
+        }
+        frames.push_back(b"[DONE]".to_vec());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(fields: &str) -> Result<Request> {
+        let body = format!(r#"{{"model": "m", {fields}}}"#);
+        read(Fields::parse(body.as_bytes())?, &Call::test()).map(|(request, _)| request)
+    }
+
+    fn user(content: &str) -> Message {
+        Message { role: "user".into(), content: content.into() }
+    }
+
+    #[test]
+    fn content_is_a_text_or_a_list_of_texts() {
+        for (content, want) in [
+            (r#""a b""#, "a b"),
+            (r#"[{"type": "text", "text": "a"}, {"type": "text", "text": " b"}]"#, "a b"),
+            ("[]", ""),
+        ] {
+            let fields = format!(r#""messages": [{{"role": "user", "content": {content}}}]"#);
+            assert_eq!(asked(&fields).unwrap().inputs, [Input::Chat(vec![user(want)])]);
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_named() {
+        let hello = r#"{"role": "user", "content": "hello"}"#;
+        for (fields, param) in [
+            (String::new(), "messages"),
+            (r#""messages": []"#.into(), "messages"),
+            (r#""messages": [{"role": "user"}]"#.into(), "messages"),
+            (r#""messages": [{"role": "user", "content": null}]"#.into(), "messages"),
+            (r#""messages": [{"role": "user", "content": 3}]"#.into(), "messages"),
+            (
+                r#""messages": [{"role": "user", "content": [{"type": "image_url"}]}]"#.into(),
+                "messages",
+            ),
+            (format!(r#""messages": [{hello}], "top_logprobs": 2"#), "top_logprobs"),
+            (format!(r#""messages": [{hello}], "logprobs": 2"#), "logprobs"),
+            (format!(r#""messages": [{hello}], "tools": []"#), "tools"),
+            (format!(r#""messages": [{hello}], "echo": true"#), "echo"),
+        ] {
+            let fields = if fields.is_empty() { r#""user": "u""#.to_owned() } else { fields };
+            let error = asked(&fields).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some(param), "{fields}: {error}");
+        }
+        let fields = format!(r#""messages": [{hello}], "logprobs": true, "top_logprobs": 2"#);
+        assert_eq!(asked(&fields).unwrap().params.logprobs, Some(2));
+    }
+}
