@@ -131,6 +131,7 @@ fn decode(adapters: &[Arc<Mix>]) -> StepInput {
         history: Vec::new(),
         prompt_len: 0,
         banned: Vec::new(),
+        allowed: None,
     };
     let table = |i| i * BLOCKS..(i + 1) * BLOCKS;
     let slice = |i| Slice { rows: i..i + 1, table: table(i), gate: None };

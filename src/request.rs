@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::telemetry::Record;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,8 @@ pub struct Request {
     pub controls: BTreeMap<String, serde_json::Value>,
     /// Sampling and lengths, as given.
     pub params: Params,
+    /// What every text must look like.
+    pub grammar: Option<Grammar>,
     /// What `max_tokens` is where neither the request nor the task says; `None` is all that the
     /// context leaves.
     pub usual_max_tokens: Option<u32>,
@@ -259,6 +262,50 @@ impl Sampling {
             || self.presence_penalty != 0.0
             || self.frequency_penalty != 0.0
     }
+}
+
+/// What a text must look like, from its first character to its last.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Grammar {
+    /// One of these.
+    Choice(Vec<String>),
+    /// All of it matches this regular expression, anchored or not.
+    Regex(String),
+    /// JSON that is valid under this schema.
+    JsonSchema(serde_json::Value),
+    /// A JSON object.
+    Json,
+}
+
+/// Keeps one text inside its grammar: says what may follow, and is told what did.
+pub trait Guide: Debug + Send {
+    /// What may follow.
+    fn allowed(&self) -> &Allowed;
+
+    /// Takes the token that followed, which was allowed. False if the text is complete: nothing but
+    /// its end may follow. It must then not be asked again.
+    ///
+    /// # Errors
+    /// If what may follow cannot be told; the text cannot go on.
+    fn accept(&mut self, token: u32) -> Result<bool>;
+
+    /// Another one, for a text that is the same so far.
+    fn fork(&self) -> Box<dyn Guide>;
+}
+
+impl Clone for Box<dyn Guide> {
+    fn clone(&self) -> Self {
+        self.fork()
+    }
+}
+
+/// What a [`Guide`] lets follow: at least one token.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// Token `id` may follow if bit `id % 32` of word `id / 32` is set; those beyond may not.
+    pub tokens: Vec<u32>,
+    /// Whether the text may end here.
+    pub end: bool,
 }
 
 /// Why a text ended, when it ended well.

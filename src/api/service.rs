@@ -234,6 +234,7 @@ impl Service {
                     max_new: lengths.max_new,
                     min_new: lengths.min_new,
                     stop_ids: stop_ids.clone(),
+                    guide: None,
                     score_prompt: params.logprobs.filter(|_| echoes),
                     arrived: request.record.arrived,
                     deadline: request.deadline,

@@ -99,6 +99,7 @@ impl Generate {
             inputs: vec![Input::Text(self.input.clone())],
             controls,
             params,
+            grammar: None,
             usual_max_tokens: None,
             deadline: None,
             first_token_deadline: None,

@@ -3,7 +3,7 @@
 //! One tick: take commands, drop what was cancelled or is late, plan, run the step, apply, send. It is
 //! synchronous, blocks only when there is nothing to do, and reads no clock but the one it is handed.
 //!
-//! A row without an answer ends its own sequence and no other. A step that fails takes its own sequences
+//! A row without an answer ends its own sequence and no other, and so does a guide that errs. A step that fails takes its own sequences
 //! with it and no others; three in a row end the engine.
 
 use super::experts::ExpertMeter;
@@ -17,8 +17,9 @@ use crate::error::{Error, Kind};
 use crate::ids::SeqId;
 use crate::metrics::{Metrics, TaskMetrics};
 use crate::model::step::{Routing, RowError, Runner, Sampled, StepError, StepInput, StepOutput};
-use crate::request::{Finish, TokenLogprob};
+use crate::request::{Finish, Guide, TokenLogprob};
 use crate::task::TaskTable;
+use rayon::prelude::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +47,17 @@ pub(super) struct Core<R> {
     input: StepInput,
     /// Sequences to drop, while a tick looks for them.
     dropped: Vec<Slot>,
+    /// Tokens of texts with a grammar, until their guides have been told.
+    guided: Vec<Guided>,
+}
+
+/// A token and the guide of its text.
+struct Guided {
+    slot: Slot,
+    token: Sampled,
+    guide: Box<dyn Guide>,
+    /// Whether something may follow.
+    more: Result<bool, Error>,
 }
 
 impl<R: Runner> Core<R> {
@@ -81,6 +93,7 @@ impl<R: Runner> Core<R> {
             plan: Plan::default(),
             input: StepInput::default(),
             dropped: Vec::new(),
+            guided: Vec::new(),
         }
     }
 
@@ -251,6 +264,24 @@ impl<R: Runner> Core<R> {
             }
         }
         self.plan.chunks = chunks;
+        self.take_guided(now);
+    }
+
+    /// Tells the guides of the step's tokens about them, all together: some need a tenth of a
+    /// millisecond to find out what may follow.
+    fn take_guided(&mut self, now: Instant) {
+        let mut guided = std::mem::take(&mut self.guided);
+        guided.par_iter_mut().for_each(|one| one.more = one.guide.accept(one.token.token));
+        for Guided { slot, token, guide, more } in guided.drain(..) {
+            match more {
+                Ok(more) => {
+                    self.scheduler.seq_mut(slot).body.job.guide = Some(guide);
+                    self.append(slot, token, more, now);
+                }
+                Err(error) => self.scheduler.remove(slot).body.reply.end(Event::Failed(error)),
+            }
+        }
+        self.guided = guided;
     }
 
     /// Counts a chunk's rows as computed and takes the token that they may have given.
@@ -317,12 +348,27 @@ impl<R: Runner> Core<R> {
         if body.job.stop_ids.contains(&token.token) {
             return self.finish(chunk.slot, Finish::Stop, now);
         }
-        body.job.tokens.push(token.token);
-        body.reply.send(Event::Token { id: token.token, logprob: token.logprob, timing });
-        if body.remaining() == 0 {
-            return self.finish(chunk.slot, Finish::Length, now);
+        match body.job.guide.take() {
+            Some(guide) => {
+                self.guided.push(Guided { slot: chunk.slot, token, guide, more: Ok(true) });
+            }
+            None => self.append(chunk.slot, token, true, now),
         }
-        self.scheduler.grow(chunk.slot);
+    }
+
+    /// Adds a token to its text, behind which there may be `more`.
+    fn append(&mut self, slot: Slot, token: Sampled, more: bool, now: Instant) {
+        let body = &mut self.scheduler.seq_mut(slot).body;
+        body.job.tokens.push(token.token);
+        let timing = body.timing(now);
+        body.reply.send(Event::Token { id: token.token, logprob: token.logprob, timing });
+        if !more {
+            return self.finish(slot, Finish::Stop, now);
+        }
+        if body.remaining() == 0 {
+            return self.finish(slot, Finish::Length, now);
+        }
+        self.scheduler.grow(slot);
     }
 
     fn finish(&mut self, slot: Slot, finish: Finish, now: Instant) {

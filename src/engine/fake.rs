@@ -6,12 +6,18 @@
 //! skipped row or a stale position changes the text, just as it would with a real model, and
 //! [`FakeRunner::alone`] says what it should be. What other adapters left behind fails the row.
 
+use super::Job;
+use super::plan::allowed;
 use super::prefix::Variant;
+use super::seq::Body;
+use crate::ids::TaskId;
 use crate::model::step::{
     Capacity, RowError, Runner, SampleRow, Sampled, ScoreRow, Slice, StepError, StepInput,
     StepOutput,
 };
-use crate::request::TokenLogprob;
+use crate::request::{Finish, Params, TokenLogprob};
+use crate::telemetry::now;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 /// Called before each step with its number, from 0, and its input. It may wait, panic or fail the step.
@@ -111,28 +117,36 @@ impl FakeRunner {
         min_new: usize,
         stop_ids: &[u32],
     ) -> Vec<u32> {
-        self.alone_as(Variant::default(), prompt, max_new, min_new, stop_ids)
+        let sampling = Arc::new(Params::default().sampling());
+        let job = Job::new(TaskId(0), prompt.to_vec(), sampling, max_new as u32, now());
+        let (min_new, stop_ids) = (min_new as u32, stop_ids.into());
+        self.alone_as(&Job { min_new, stop_ids, ..job }).0
     }
 
-    /// The same with adapters or a gate.
-    pub fn alone_as(
-        &self,
-        variant: Variant,
-        prompt: &[u32],
-        max_new: usize,
-        min_new: usize,
-        stop_ids: &[u32],
-    ) -> Vec<u32> {
-        let mut tokens = prompt.to_vec();
-        for index in 0..max_new {
-            let banned = if index < min_new { stop_ids } else { &[] };
-            let next = self.next(variant, &tokens, banned);
-            if stop_ids.contains(&next) {
-                break;
+    /// What this job, alone, would be given, and how it would end.
+    pub fn alone_as(&self, job: &Job) -> (Vec<u32>, Finish) {
+        let variant = Body::variant_of(job);
+        let mut guide = job.guide.clone();
+        let mut tokens = job.tokens.clone();
+        let end = loop {
+            let index = tokens.len() - job.tokens.len();
+            if index == job.max_new as usize {
+                break Finish::Length;
             }
-            tokens.push(next);
-        }
-        tokens.split_off(prompt.len())
+            let banned = if index < job.min_new as usize { &*job.stop_ids } else { &[] };
+            let allowed = guide.as_ref().map(|guide| allowed(guide.allowed(), &job.stop_ids));
+            let next = self.next(variant, &tokens, banned, allowed.as_deref());
+            match next {
+                Some(next) if !job.stop_ids.contains(&next) => tokens.push(next),
+                _ => break Finish::Stop,
+            }
+            if let Some(guide) = &mut guide
+                && !matches!(next.map(|next| guide.accept(next)), Some(Ok(true)))
+            {
+                break Finish::Stop;
+            }
+        };
+        (tokens.split_off(job.tokens.len()), end)
     }
 
     /// The log-probability that it pretends for `target` after `tokens`.
@@ -146,14 +160,22 @@ impl FakeRunner {
         TokenLogprob { token: target, logprob: likely(target), top: best }
     }
 
-    fn next(&self, variant: Variant, tokens: &[u32], banned: &[u32]) -> u32 {
+    /// The model's choice, or the first behind it that is possible.
+    fn next(
+        &self,
+        variant: Variant,
+        tokens: &[u32],
+        banned: &[u32],
+        allowed: Option<&[u32]>,
+    ) -> Option<u32> {
         let vocab = self.capacity.vocab as u64;
-        let mut token =
-            ((u64::from((self.model)(tokens)) + accent(variant) % vocab) % vocab) as u32;
-        while banned.contains(&token) {
-            token = (token + 1) % self.capacity.vocab as u32;
-        }
-        token
+        let wanted = u64::from((self.model)(tokens)) + accent(variant) % vocab;
+        let bit = |allowed: &[u32], id: u32| {
+            allowed.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
+        };
+        let behind = (0..vocab).map(|step| ((wanted + step) % vocab) as u32);
+        let mut possible = behind.filter(|id| !banned.contains(id));
+        possible.find(|&id| allowed.is_none_or(|allowed| bit(allowed, id)))
     }
 
     fn place(&self, input: &StepInput, slice: &Slice, position: u32) -> Result<usize, RowError> {
@@ -197,7 +219,8 @@ impl FakeRunner {
         if tokens.len() != sample.prompt_len + sample.index as usize {
             return Err("prompt and index do not add up to the position".into());
         }
-        let token = self.next(variant, &tokens, &sample.banned);
+        let token = self.next(variant, &tokens, &sample.banned, sample.allowed.as_deref());
+        let token = token.ok_or("no token is left to choose from")?;
         let logprobs = sample.sampling.logprobs;
         let logprob = logprobs.map(|top| self.score(variant, &tokens, token, top));
         Ok(Sampled { token, logprob })

@@ -32,7 +32,7 @@ pub use seq::{Content, Seq};
 
 use crate::error::Error;
 use crate::ids::TaskId;
-use crate::request::{ExpertUse, Finish, Sampling, Timing, TokenLogprob};
+use crate::request::{ExpertUse, Finish, Guide, Sampling, Timing, TokenLogprob};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -59,6 +59,8 @@ pub struct Job {
     pub min_new: u32,
     /// Tokens that end the text (and are not part of it); empty ignores end-of-text.
     pub stop_ids: Arc<[u32]>,
+    /// Keeps the text inside a grammar, whatever the model and [`Job::min_new`] want.
+    pub guide: Option<Box<dyn Guide>>,
     /// Ask for the prompt's own log-probabilities, with this many alternatives each.
     pub score_prompt: Option<u32>,
     /// When the request came in.
@@ -90,6 +92,7 @@ impl Job {
             max_new,
             min_new: 0,
             stop_ids: Arc::new([]),
+            guide: None,
             score_prompt: None,
             arrived,
             deadline: None,

@@ -7,6 +7,7 @@ use super::scheduler::{Scheduler, Slot};
 use super::seq::{Body, Seq};
 use crate::ids::{SeqId, TaskId};
 use crate::model::step::{AdapterRows, SampleRow, ScoreRow, Slice, StepInput};
+use crate::request::Allowed;
 
 /// One step's work. It is filled anew each step and keeps its memory.
 #[derive(Debug, Default)]
@@ -105,6 +106,17 @@ fn write_chunk(chunk: &Chunk, seq: &Seq<Body>, input: &mut StepInput) {
     }
 }
 
+/// What a guide lets follow. It knows no stop tokens: they are what ends a text where it may end.
+pub(super) fn allowed(guide: &Allowed, stop_ids: &[u32]) -> Vec<u32> {
+    let mut tokens = guide.tokens.clone();
+    for id in stop_ids.iter().filter(|_| guide.end) {
+        let word = *id as usize / 32;
+        tokens.resize(tokens.len().max(word + 1), 0);
+        tokens[word] |= 1 << (id % 32);
+    }
+    tokens
+}
+
 fn sample_row(body: &Body, row: usize) -> SampleRow {
     let job = &body.job;
     let generated = body.generated();
@@ -118,5 +130,6 @@ fn sample_row(body: &Body, row: usize) -> SampleRow {
         history,
         prompt_len: body.prompt_len,
         banned: if too_early { job.stop_ids.to_vec() } else { Vec::new() },
+        allowed: job.guide.as_ref().map(|guide| allowed(guide.allowed(), &job.stop_ids)),
     }
 }

@@ -138,8 +138,7 @@ pub struct Body {
 
 impl Content for Body {
     fn variant(&self) -> Variant {
-        let mix = self.job.adapters.as_ref().map_or(0, |mix| mix.key);
-        Variant { mix, gate: self.job.gate }
+        Self::variant_of(&self.job)
     }
 
     fn tokens(&self) -> &[u32] {
@@ -176,6 +175,11 @@ impl Body {
             first_token: None,
             last_token: None,
         }
+    }
+
+    /// What beside its tokens decides a job's keys and values.
+    pub fn variant_of(job: &Job) -> Variant {
+        Variant { mix: job.adapters.as_ref().map_or(0, |mix| mix.key), gate: job.gate }
     }
 
     /// How many tokens were generated.

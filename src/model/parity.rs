@@ -223,6 +223,7 @@ fn advance(runner: &mut CandleRunner, free: &mut Vec<u32>, seqs: &mut [Seq], row
                 history: Vec::new(),
                 prompt_len: 0,
                 banned: Vec::new(),
+                allowed: None,
             });
         }
         let table = first_block..input.block_tables.len();

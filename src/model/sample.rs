@@ -1,6 +1,6 @@
 //! From a row of logits to a token.
 //!
-//! In order: bias, penalties, banned tokens, temperature, top-k, top-p, min-p, draw. Log-probabilities
+//! In order: bias, penalties, tokens that are banned or not allowed, temperature, top-k, top-p, min-p, draw. Log-probabilities
 //! are those of the raw logits, before all of that. Invariants: the outcome is a function of the row,
 //! its [`SampleRow`] and nothing else, so a seed gives the same text in any batch; ties go to the
 //! lowest id.
@@ -57,7 +57,7 @@ fn outside(token: u32, vocab: usize) -> RowError {
     format!("token {token} is outside a vocabulary of {vocab}")
 }
 
-/// The logits after bias, penalties and bans; banned tokens have minus infinity.
+/// The logits after bias, penalties and bans; what must not be chosen has minus infinity.
 fn adjusted<'a>(raw: &'a [f32], row: &SampleRow) -> Result<Cow<'a, [f32]>, RowError> {
     let sampling = &*row.sampling;
     let mut logits = Cow::Borrowed(raw);
@@ -79,7 +79,28 @@ fn adjusted<'a>(raw: &'a [f32], row: &SampleRow) -> Result<Cow<'a, [f32]>, RowEr
     for &token in &row.banned {
         *logit(&mut logits, token)? = f32::NEG_INFINITY;
     }
+    if let Some(allowed) = &row.allowed {
+        keep_allowed(logits.to_mut(), allowed);
+    }
     Ok(logits)
+}
+
+/// Makes impossible what has no bit.
+fn keep_allowed(logits: &mut [f32], allowed: &[u32]) {
+    let words = allowed.iter().copied().chain(std::iter::repeat(0));
+    for (logits, word) in logits.chunks_mut(u32::BITS as usize).zip(words) {
+        match word {
+            0 => logits.fill(f32::NEG_INFINITY),
+            u32::MAX => {}
+            word => {
+                for (bit, logit) in logits.iter_mut().enumerate() {
+                    if word >> bit & 1 == 0 {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+    }
 }
 
 fn logit<'l>(logits: &'l mut Cow<'_, [f32]>, token: u32) -> Result<&'l mut f32, RowError> {

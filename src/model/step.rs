@@ -68,6 +68,8 @@ pub struct SampleRow {
     pub prompt_len: usize,
     /// Tokens that must not be chosen now (end-of-text before `min_tokens`).
     pub banned: Vec<u32>,
+    /// If there, only these may be chosen: token `id` if bit `id % 32` of word `id / 32` is set.
+    pub allowed: Option<Vec<u32>>,
 }
 
 /// A row whose next token is known: its log-probability is asked for.

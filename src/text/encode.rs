@@ -175,6 +175,11 @@ impl Tokenizer {
         self.special.get(id as usize).copied().unwrap_or(false)
     }
 
+    /// Whether the token is one that only trusted text may name; all special ones are.
+    pub fn is_control(&self, id: u32) -> bool {
+        self.controls.iter().any(|&(_, control)| control == id)
+    }
+
     /// The text of these tokens; bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).copied().collect();

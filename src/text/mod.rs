@@ -1,7 +1,8 @@
 //! Text to tokens and back.
 //!
-//! Owns the tokenizer, the incremental decoder, the templates of prompts and chats and what a
-//! control's value becomes in a prompt. Knows no sockets, no sequences and no weights.
+//! Owns the tokenizer, the incremental decoder, the templates of prompts and chats, what a control's value
+//! becomes in a prompt, and the grammars that a text can be held to. Knows no sockets, no sequences and no
+//! weights.
 //!
 //! One invariant rules here: *trusted* text (a template's literals, control tokens) may name special
 //! tokens, a user's text never does. The two are kept apart as [`Segment`]s until they are ids.
@@ -14,6 +15,7 @@ mod controls;
 mod decode;
 mod disguise;
 mod encode;
+mod guide;
 mod jinja;
 mod prompt;
 mod template;
@@ -22,6 +24,7 @@ pub use chat::{ChatSettings, ChatTemplate};
 pub use controls::resolve_controls;
 pub use decode::{Incremental, Piece};
 pub use encode::{LoadError, Tokenizer};
+pub use guide::Grammars;
 pub use prompt::{Prompt, Prompts};
 pub use template::{Segment, Template};
 

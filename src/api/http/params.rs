@@ -67,6 +67,7 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         inputs,
         controls,
         params,
+        grammar: None,
         usual_max_tokens,
         deadline: timeout.map(|t| arrived + t),
         first_token_deadline: call.first_token_timeout.map(|t| arrived + t),

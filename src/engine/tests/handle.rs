@@ -134,9 +134,9 @@ fn an_equal_beginning_is_computed_once_for_each_variant() {
     let mut hits = Vec::new();
     for mix in [0, 0, 1, 2, 1] {
         let adapters = (mix > 0).then(|| Arc::new(Mix { key: mix, parts: Vec::new() }));
-        let heard = listen(handle.submit(Job { adapters, ..job(prompt.clone(), 3) }).unwrap());
-        let variant = Variant { mix, gate: None };
-        assert_eq!(heard.tokens, fake.alone_as(variant, &prompt, 3, 0, &[]));
+        let job = Job { adapters, ..job(prompt.clone(), 3) };
+        let heard = listen(handle.submit(job.clone()).unwrap());
+        assert_eq!(heard.tokens, fake.alone_as(&job).0);
         hits.push(metrics.prefix_hits.get());
     }
     // Two blocks of 16 are whole.

@@ -1,6 +1,7 @@
-//! Tests of the engine: [`scheduler`] alone, the [`handle`] with its thread, and a seeded
+//! Tests of the engine: [`scheduler`] alone, texts that are [`guided`], the [`handle`] with its thread, and a seeded
 //! [`simulation`] of the core in virtual time. None of them sleeps.
 
+mod guided;
 mod handle;
 mod scheduler;
 mod simulation;

@@ -3,6 +3,7 @@
 //! finished job heard is what the pretend model says alone, so neither chunks, neighbours nor
 //! preemption change a text. A failure prints its seed.
 
+use super::guided::Ascent;
 use super::*;
 use crate::engine::core::Core;
 use crate::engine::handle::{Command, Shared};
@@ -68,6 +69,8 @@ struct Tally {
     preempted: usize,
     broken: usize,
     shared: usize,
+    /// Whose guide led them to their end.
+    guided: usize,
 }
 
 fn slo(random: &mut SmallRng) -> Slo {
@@ -136,6 +139,7 @@ impl World {
             max_new,
             min_new: if random.random_bool(0.3) { random.random_range(0..=max_new) } else { 0 },
             stop_ids: if random.random_bool(0.5) { Arc::new([3]) } else { Arc::new([]) },
+            guide: random.random_bool(0.3).then(|| Ascent::boxed(random.random_range(0..9))),
             score_prompt: random.random_bool(0.3).then_some(2),
             arrived,
             deadline: soon(random),
@@ -218,7 +222,11 @@ impl World {
                     assert!(*max_new == 0 && (tokens.len() == 1 || score_prompt.is_none()));
                 }
                 match client.heard.failed.as_ref().map(|error| (error.kind, error.to_string())) {
-                    None => self.tally.finished += 1,
+                    None => {
+                        self.tally.finished += 1;
+                        let stopped = client.heard.finish == Some(Finish::Stop);
+                        self.tally.guided += usize::from(stopped && client.job.guide.is_some());
+                    }
                     Some((Kind::Deadline, _)) => self.tally.late += 1,
                     Some((Kind::Internal, why)) if why.starts_with("a row failed") => {
                         assert!(why.ends_with("made to fail"), "{why}");
@@ -292,11 +300,9 @@ fn faulty_runner(capacity: Capacity, random: &mut SmallRng, clock: Clock) -> Fak
 /// What a client heard must be what the model says alone, or a beginning of it.
 fn check(oracle: &FakeRunner, client: &Client) {
     let Client { job, heard, .. } = client;
-    let (max_new, min_new) = (job.max_new as usize, job.min_new as usize);
     let variant = Variant { mix: job.adapters.as_ref().map_or(0, |mix| mix.key), gate: job.gate };
-    let text = oracle.alone_as(variant, &job.tokens, max_new, min_new, &job.stop_ids);
+    let (text, finish) = oracle.alone_as(job);
     let scores = job.score_prompt.map(|top| scores(oracle, variant, &job.tokens, top));
-    let finish = if text.len() < max_new { Finish::Stop } else { Finish::Length };
     match heard.finish {
         Some(how) => assert_eq!((how, &heard.tokens, &heard.prompt), (finish, &text, &scores)),
         None => {
@@ -336,11 +342,23 @@ fn histories_hold_their_promises() {
         all.preempted += tally.preempted;
         all.broken += tally.broken;
         all.shared += tally.shared;
+        all.guided += tally.guided;
     }
-    let Tally { finished, cancelled, late, failed, poisoned, refused, preempted, broken, shared } =
-        all;
-    let seen = [finished, cancelled, late, failed, poisoned, refused, preempted, broken, shared];
-    assert!(seen.iter().all(|&count| count > 0), "something never happened: {all:?}");
+    let Tally {
+        finished,
+        cancelled,
+        late,
+        failed,
+        poisoned,
+        refused,
+        preempted,
+        broken,
+        shared,
+        guided,
+    } = all;
+    let ends = [finished, cancelled, late, failed, poisoned, refused];
+    let seen = ends.into_iter().chain([preempted, broken, shared, guided]);
+    assert!(seen.into_iter().all(|count| count > 0), "something never happened: {all:?}");
 }
 
 #[test]

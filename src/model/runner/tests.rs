@@ -47,6 +47,7 @@ fn sample(row: usize, params: Params) -> SampleRow {
         history: Vec::new(),
         prompt_len: 0,
         banned: Vec::new(),
+        allowed: None,
     }
 }
 

@@ -17,6 +17,7 @@ fn row(params: Params) -> SampleRow {
         history: Vec::new(),
         prompt_len: 0,
         banned: Vec::new(),
+        allowed: None,
     }
 }
 
@@ -151,6 +152,24 @@ fn bias_and_bans_are_obeyed() {
     assert!(choose(&[3.0, 1.0, 0.0], &all).is_err());
     let unknown = SampleRow { banned: vec![3], ..row(greedy()) };
     assert!(choose(&[3.0, 1.0, 0.0], &unknown).is_err());
+}
+
+#[test]
+fn only_what_is_allowed_is_chosen() {
+    let logits: Vec<f32> = (0..100).map(|token| token as f32).collect();
+    let only = |words: &[u32], params| SampleRow { allowed: Some(words.to_vec()), ..row(params) };
+    assert_eq!(token(&logits, &only(&[u32::MAX, 0b110], greedy())), 34);
+    assert_eq!(token(&logits, &only(&[0, 0, 0, 0b1001, u32::MAX], greedy())), 99);
+    let hot = Params { temperature: Some(2.0), ..Params::default() };
+    assert_eq!(token(&logits, &only(&[0b100], hot.clone())), 2, "of a hundred that are likelier");
+    let pushed = Params { logit_bias: Some([(7, 100.0)].into()), ..greedy() };
+    assert_eq!(token(&logits, &only(&[0b100], pushed)), 2);
+    assert!(choose(&logits, &only(&[], hot.clone())).is_err());
+    let all = choose(&logits, &only(&[u32::MAX; 4], hot.clone()));
+    assert_eq!(all, choose(&logits, &row(hot)));
+    let logprobs = Params { logprobs: Some(1), ..greedy() };
+    let chosen = choose(&logits, &only(&[0b100], logprobs)).unwrap().logprob.unwrap();
+    assert_eq!((chosen.token, chosen.top[0].0), (2, 99), "as the model has it");
 }
 
 #[test]

@@ -188,6 +188,7 @@ fn greedy(runner: &mut impl Runner, ids: &[u32], end: u32) -> Vec<u32> {
             history: Vec::new(),
             prompt_len: ids.len(),
             banned: Vec::new(),
+            allowed: None,
         };
         let input = StepInput {
             positions: (first..first + rows.len() as u32).collect(),
