@@ -31,8 +31,8 @@ pub struct Request {
     pub controls: BTreeMap<String, serde_json::Value>,
     /// Sampling and lengths, as given.
     pub params: Params,
-    /// What every text must look like.
-    pub grammar: Option<Grammar>,
+    /// What every text must look like, and the name of the field that says so.
+    pub grammar: Option<(&'static str, Grammar)>,
     /// What `max_tokens` is where neither the request nor the task says; `None` is all that the
     /// context leaves.
     pub usual_max_tokens: Option<u32>,

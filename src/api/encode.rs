@@ -1,14 +1,15 @@
-//! The prompts of one request, from text or token ids to what the engine is given. Refuses what cannot
-//! fit the context, as early as that is known. The templates are those of the moment.
+//! The prompts of one request, from text or token ids to what the engine is given, and the grammar of its
+//! texts. Refuses what cannot fit the context, as early as that is known. The templates are those of the
+//! moment.
 //!
-//! Much text is encoded on threads of its own, of which there are few: neither sockets nor compute
-//! wait for it.
+//! Much text is encoded, and grammars are compiled, on threads of their own, of which there are few:
+//! neither sockets nor compute wait for them.
 
 use crate::engine::Capacity;
 use crate::error::{Error, Kind, Result};
-use crate::request::{Input, Request};
+use crate::request::{Guide, Input, Request};
 use crate::task::Task;
-use crate::text::{Prompt, Prompts, Tokenizer, resolve_controls};
+use crate::text::{Grammars, Prompt, Prompts, Tokenizer, resolve_controls};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -22,6 +23,9 @@ const LONG_INPUTS_AT_ONCE: usize = 2;
 pub struct Encoder {
     shared: Arc<Shared>,
     long_inputs: Arc<Semaphore>,
+    grammars: Arc<Grammars>,
+    /// Held while a grammar is compiled.
+    compiling: Arc<Semaphore>,
 }
 
 struct Shared {
@@ -49,7 +53,9 @@ impl Encoder {
         let longest_token = ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0);
         let shared = Shared { tokenizer, ends, longest_token };
         let long_inputs = Arc::new(Semaphore::new(LONG_INPUTS_AT_ONCE));
-        Self { shared: Arc::new(shared), long_inputs }
+        let grammars = Arc::new(Grammars::new(shared.tokenizer.clone()));
+        let compiling = Arc::new(Semaphore::new(1));
+        Self { shared: Arc::new(shared), long_inputs, grammars, compiling }
     }
 
     /// The tokenizer of all prompts.
@@ -86,6 +92,24 @@ impl Encoder {
         };
         let encoded = tokio::task::spawn_blocking(encode).await;
         encoded.map_err(|e| Error::internal("a prompt was not encoded", e))?
+    }
+
+    /// What holds the texts of a request to its grammar.
+    pub async fn guide(&self, request: &Request) -> Result<Option<Box<dyn Guide>>> {
+        let Some((field, grammar)) = &request.grammar else { return Ok(None) };
+        let (grammars, grammar) = (self.grammars.clone(), grammar.clone());
+        // One at a time, for each waits for the others anyway.
+        let permit = self.compiling.clone().acquire_owned().await;
+        let compile = move || {
+            let _permit = permit;
+            grammars.compile(&grammar)
+        };
+        let guide = tokio::task::spawn_blocking(compile).await;
+        let guide = guide.map_err(|e| Error::internal("a grammar was not compiled", e))?;
+        guide.map(Some).map_err(|error| match error.kind {
+            Kind::Invalid => error.with_param(*field),
+            _ => error,
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use crate::engine::{Capacity, EngineHandle, Job};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{GAMMA, mix, random};
 use crate::metrics::{Metrics, RequestMeter};
-use crate::request::{Input, Params, Request};
+use crate::request::{Input, Params, Request, Sampling};
 use crate::task::{Task, TaskTable};
 use crate::telemetry::{Record, now};
 use crate::text::{Prompt, Prompts, Tokenizer};
@@ -133,9 +133,11 @@ impl Service {
         self.check_ids(&params, &capacity)?;
         let n = params.n.unwrap_or(1) as usize;
         self.check_choices(n, request.inputs.len(), task)?;
-        let prompts = self.encode(&target, &request, capacity).await?;
-        let (jobs, echoes): (Vec<Job>, Vec<_>) =
+        let prompts = in_time(&request, self.encode(&target, &request, capacity)).await?;
+        let guide = in_time(&request, self.encoder.guide(&request)).await?;
+        let (mut jobs, echoes): (Vec<Job>, Vec<_>) =
             self.jobs(&target, &request, &params, prompts, &capacity)?.into_iter().unzip();
+        jobs.iter_mut().for_each(|job| job.guide = guide.clone());
         let prompt_tokens = jobs.iter().step_by(n).map(|job| job.tokens.len() as u32).sum();
         let most: Vec<u32> = jobs.iter().map(|job| job.max_new).collect();
         let events = self.engine.submit_all(jobs)?;
@@ -179,7 +181,6 @@ impl Service {
         Err(Error::invalid(if n == 1 { "prompt" } else { "n" }, message))
     }
 
-    /// The prompts of a request, whose deadlines have not passed when this returns.
     async fn encode(
         &self,
         target: &Target,
@@ -188,15 +189,7 @@ impl Service {
     ) -> Result<Vec<Prompt>> {
         let Target { task, raw, prompts, .. } = target;
         let subject = Subject { prompts: prompts.clone(), task: task.clone(), raw: *raw };
-        let prompts = self.encoder.encode(subject, request, capacity);
-        let late = || Error::new(Kind::Deadline, "the request's deadline passed");
-        let Some(limit) = request.deadline.into_iter().chain(request.first_token_deadline).min()
-        else {
-            return prompts.await;
-        };
-        let prompts =
-            tokio::time::timeout_at(limit.into(), prompts).await.map_err(|_| late())??;
-        if now() < limit { Ok(prompts) } else { Err(late()) }
+        self.encoder.encode(subject, request, capacity).await
     }
 
     /// The jobs of a request, each with the prompt that begins its text, if that is wanted.
@@ -223,28 +216,48 @@ impl Service {
             let echo =
                 echoes.then(|| Arc::new(Echo { text: prompt.text, tokens: prompt.tokens.clone() }));
             for choice in 0..params.n.unwrap_or(1) {
+                let (tokens, max_new) = (prompt.tokens.clone(), lengths.max_new);
                 let job = Job {
-                    task: task.id,
-                    tokens: prompt.tokens.clone(),
-                    adapters: target.adapters.as_ref().map(|chosen| chosen.mix.clone()),
-                    gate: target.gate,
-                    report_experts: request.debug && self.engine.experts().is_some(),
-                    sampling: sampling.clone(),
                     seed: choice_seed(seed, choice),
-                    max_new: lengths.max_new,
                     min_new: lengths.min_new,
                     stop_ids: stop_ids.clone(),
-                    guide: None,
                     score_prompt: params.logprobs.filter(|_| echoes),
-                    arrived: request.record.arrived,
-                    deadline: request.deadline,
                     first_token_deadline: first_token_deadline.take(),
+                    ..self.job(target, request, sampling.clone(), tokens, max_new)
                 };
                 jobs.push((job, echo.clone()));
             }
         }
         Ok(jobs)
     }
+
+    /// A job for what `request` is for.
+    fn job(
+        &self,
+        target: &Target,
+        request: &Request,
+        sampling: Arc<Sampling>,
+        tokens: Vec<u32>,
+        max_new: u32,
+    ) -> Job {
+        Job {
+            adapters: target.adapters.as_ref().map(|chosen| chosen.mix.clone()),
+            gate: target.gate,
+            report_experts: request.debug && self.engine.experts().is_some(),
+            deadline: request.deadline,
+            ..Job::new(target.task.id, tokens, sampling, max_new, request.record.arrived)
+        }
+    }
+}
+
+/// Does a part of a request's work unless its deadlines pass before that is done.
+async fn in_time<T>(request: &Request, work: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = || Error::new(Kind::Deadline, "the request's deadline passed");
+    let Some(limit) = request.deadline.into_iter().chain(request.first_token_deadline).min() else {
+        return work.await;
+    };
+    let done = tokio::time::timeout_at(limit.into(), work).await.map_err(|_| late())??;
+    if now() < limit { Ok(done) } else { Err(late()) }
 }
 
 /// What was asked for, over the task's defaults. A default of `min_tokens` gives way to a `max_tokens`

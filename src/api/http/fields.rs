@@ -44,6 +44,11 @@ impl Fields {
         self.left.shift_remove(name).filter(|value| !value.is_null())
     }
 
+    /// The complaint about a field that must be there.
+    pub fn missing(&self, name: &str) -> Error {
+        missing(&format!("{}{name}", self.prefix))
+    }
+
     /// Refuses what is left.
     pub fn finish(self) -> Result<()> {
         match self.left.keys().next() {

@@ -6,6 +6,7 @@ pub mod answer;
 pub mod call;
 pub mod debug;
 pub mod fields;
+pub mod grammar;
 mod health;
 mod info;
 mod observe;

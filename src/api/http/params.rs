@@ -4,6 +4,7 @@
 
 use super::call::{Call, milliseconds};
 use super::fields::Fields;
+use super::grammar::grammar;
 use crate::error::{Error, Result};
 use crate::request::{Input, Params, Request};
 use serde::Deserialize;
@@ -30,6 +31,7 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
     let Asked { model, inputs, params, usual_max_tokens } = asked;
     let controls = body.take("controls")?.unwrap_or_default();
     let adapters = mixture(&mut body)?;
+    let grammar = grammar(&mut body)?;
     let task = body.take("task")?;
     let debug = match body.take_object("debug", "debug.")? {
         None => false,
@@ -67,7 +69,7 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         inputs,
         controls,
         params,
-        grammar: None,
+        grammar,
         usual_max_tokens,
         deadline: timeout.map(|t| arrived + t),
         first_token_deadline: call.first_token_timeout.map(|t| arrived + t),
