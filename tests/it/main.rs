@@ -6,6 +6,7 @@
 /// Adapters in one batch, swapped while they serve, and who may do that.
 mod adapters;
 /// The program as a user runs it: arguments, output, exit codes, signals.
+mod chat;
 mod cli;
 /// The OpenAI wire, byte by byte.
 mod completions;
