@@ -3,7 +3,8 @@
 //! A block is *free* (it holds nothing of worth), *used* (by one sequence, or by several that share a
 //! prefix), or *idle*: nobody uses it, but its content is known, and whoever needs that content may take
 //! it up again. Idle blocks count as free; the one that was idle longest is overwritten first. A shared
-//! block is full, so nobody ever writes to it.
+//! block is full, or will be when the step that is being planned has run, so that none of those who
+//! share it ever writes to it again.
 
 use super::prefix::{Node, PrefixIndex, Variant};
 use crate::ids::BlockId;
@@ -20,6 +21,8 @@ pub struct BlockPool {
     users: Vec<Users>,
     /// `None`: nothing is remembered.
     index: Option<PrefixIndex>,
+    /// Blocks that are remembered although the step that fills them has yet to run.
+    promised: Vec<BlockId>,
     /// Counts releases.
     clock: u64,
     block_size: usize,
@@ -52,6 +55,7 @@ impl BlockPool {
             idle: BTreeMap::new(),
             users: vec![Users::default(); total],
             index: remembers.then(PrefixIndex::default),
+            promised: Vec::new(),
             clock: 0,
             block_size: block_size.max(1),
         }
@@ -87,21 +91,49 @@ impl BlockPool {
 
     /// Takes up the blocks of a prefix that was just found, as the beginning of an empty `table`.
     pub fn take_up(&mut self, prefix: Prefix, table: &mut Vec<BlockId>) {
-        for block in &prefix.blocks {
-            let users = &mut self.users[block.0 as usize];
-            users.count += 1;
-            if let Some(since) = users.idle_since.take() {
-                self.idle.remove(&since);
-            }
-        }
+        prefix.blocks.iter().for_each(|&block| self.share(block));
         *table = prefix.blocks;
     }
 
-    /// Remembers that `block`, which is full, holds `tokens` after `parent`; gives the place after them.
+    /// One more user of a block that is known.
+    fn share(&mut self, block: BlockId) {
+        let users = &mut self.users[block.0 as usize];
+        users.count += 1;
+        if let Some(since) = users.idle_since.take() {
+            self.idle.remove(&since);
+        }
+    }
+
+    /// Puts the block that is known to hold `tokens` after `parent` in the place of `own`, which is given
+    /// back; gives the place after them.
+    pub fn take_over(&mut self, parent: Node, tokens: &[u32], own: &mut BlockId) -> Option<Node> {
+        let (block, node) = self.index.as_ref()?.find(parent, tokens)?;
+        self.give_back(std::mem::replace(own, block));
+        self.share(block);
+        Some(node)
+    }
+
+    /// Remembers that `block`, which is full when the next step has run, holds `tokens` after `parent`;
+    /// gives the place after them.
     pub fn remember(&mut self, parent: Node, tokens: &[u32], block: BlockId) -> Node {
-        match &mut self.index {
-            Some(index) => index.insert(parent, tokens, block),
-            None => parent,
+        let Some(index) = &mut self.index else { return parent };
+        let node = index.insert(parent, tokens, block);
+        // It is not in there if another one is known to hold the same.
+        if index.contains(block) {
+            self.promised.push(block);
+        }
+        node
+    }
+
+    /// The step has run: what it was to fill is full.
+    pub fn keep_promised(&mut self) {
+        self.promised.clear();
+    }
+
+    /// The step has failed: what it was to fill holds nothing of worth.
+    pub fn forget_promised(&mut self) {
+        if let Some(index) = &mut self.index {
+            self.promised.drain(..).for_each(|block| index.remove(block));
         }
     }
 
@@ -136,19 +168,21 @@ impl BlockPool {
     /// Gives back all blocks of `table`.
     pub fn release(&mut self, table: &mut Vec<BlockId>) {
         // The last first: it is of use only to whoever has all before it.
-        for block in table.drain(..).rev() {
-            let users = &mut self.users[block.0 as usize];
-            users.count -= 1;
-            if users.count > 0 {
-                continue;
-            }
-            if self.index.as_ref().is_some_and(|index| index.contains(block)) {
-                self.clock += 1;
-                users.idle_since = Some(self.clock);
-                self.idle.insert(self.clock, block);
-            } else {
-                self.free.push(block);
-            }
+        table.drain(..).rev().for_each(|block| self.give_back(block));
+    }
+
+    fn give_back(&mut self, block: BlockId) {
+        let users = &mut self.users[block.0 as usize];
+        users.count -= 1;
+        if users.count > 0 {
+            return;
+        }
+        if self.index.as_ref().is_some_and(|index| index.contains(block)) {
+            self.clock += 1;
+            users.idle_since = Some(self.clock);
+            self.idle.insert(self.clock, block);
+        } else {
+            self.free.push(block);
         }
     }
 

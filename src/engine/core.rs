@@ -328,7 +328,7 @@ impl<R: Runner> Core<R> {
             body.scores.push(Some(score?));
         }
         body.scored += new;
-        if body.scores.len() == body.prompt_len {
+        if body.is_scored() {
             body.reply.send(Event::Prompt(std::mem::take(&mut body.scores)));
         }
         Ok(())
@@ -388,6 +388,7 @@ impl<R: Runner> Core<R> {
         }
         let sequences = self.plan.chunks.len();
         tracing::error!(%error, sequences, in_a_row = self.failures, "a step failed");
+        self.scheduler.failed();
         for chunk in &self.plan.chunks {
             let body = self.scheduler.remove(chunk.slot).body;
             body.reply.end(Event::Failed(Error::internal("a step failed", error.to_string())));

@@ -1,10 +1,11 @@
 //! A pretend model at seam 2, for tests of sockets and scheduling without weights. It ignores seeds,
 //! temperatures and penalties.
 //!
-//! Its "KV cache" holds the tokens themselves and what adapters and gate wrote them, in the blocks that the
-//! step names, and its next token is a pure function of what it reads back from there. So a wrong block, a
-//! skipped row or a stale position changes the text, just as it would with a real model, and
-//! [`FakeRunner::alone`] says what it should be. What other adapters left behind fails the row.
+//! Its "KV cache" holds the tokens themselves, after which others they came and what adapters and gate
+//! wrote them, in the blocks that the step names, and its next token is a pure function of what it reads
+//! back from there. So a wrong block, a skipped row or a stale position changes the text, just as it would
+//! with a real model, and [`FakeRunner::alone`] says what it should be. What other adapters or another text
+//! left behind, what no step has written and what a failed one was to write fails the row.
 
 use super::Job;
 use super::plan::allowed;
@@ -31,12 +32,22 @@ pub type Faulty = Box<dyn Fn(&[u32]) -> bool + Send>;
 /// A deterministic pretend model.
 pub struct FakeRunner {
     capacity: Capacity,
-    /// Token, position and variant in each slot of each block.
-    cache: Vec<Option<(u32, u32, Variant)>>,
+    /// What is in each slot of each block.
+    cache: Vec<Option<Entry>>,
     model: Model,
     hooks: Vec<Hook>,
     faulty: Faulty,
     steps: usize,
+}
+
+/// What stands for the key and the value of one position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Entry {
+    token: u32,
+    position: u32,
+    writer: Variant,
+    /// Of this token and all before it.
+    text: u64,
 }
 
 impl FakeRunner {
@@ -185,14 +196,31 @@ impl FakeRunner {
         Ok(*block as usize * size + position as usize % size)
     }
 
-    fn write(&mut self, input: &StepInput) -> Result<(), StepError> {
+    /// Rows by position, each with its slice and its place in the cache: as in a layer of a model, where a
+    /// sequence comes in the step does not matter.
+    fn places<'a>(&self, input: &'a StepInput) -> Result<Vec<(usize, &'a Slice, usize)>, RowError> {
+        let mut places = Vec::new();
         for slice in &input.slices {
             for row in slice.rows.clone() {
-                let position = input.positions[row];
-                let place = self.place(input, slice, position)?;
-                let slot = self.cache.get_mut(place).ok_or("block beyond the pool")?;
-                *slot = Some((input.tokens[row], position, variant_of(input, slice)));
+                let place = self.place(input, slice, input.positions[row])?;
+                self.cache.get(place).ok_or("block beyond the pool")?;
+                places.push((row, slice, place));
             }
+        }
+        places.sort_by_key(|(row, ..)| input.positions[*row]);
+        Ok(places)
+    }
+
+    fn write(&mut self, input: &StepInput) -> Result<(), StepError> {
+        for (row, slice, place) in self.places(input)? {
+            let (token, position) = (input.tokens[row], input.positions[row]);
+            let writer = variant_of(input, slice);
+            let before = match position.checked_sub(1) {
+                Some(before) => self.cache[self.place(input, slice, before)?],
+                None => None,
+            };
+            let text = hash(&[before.map_or(0, |before| before.text as u32), token]);
+            self.cache[place] = Some(Entry { token, position, writer, text });
         }
         Ok(())
     }
@@ -202,11 +230,18 @@ impl FakeRunner {
         let slice = input.slices.iter().find(|slice| slice.rows.contains(&row));
         let slice = slice.ok_or("row without a slice")?;
         let variant = variant_of(input, slice);
-        let recall = |position: u32| match self.cache[self.place(input, slice, position)?] {
-            Some((token, at, writer)) if (at, writer) == (position, variant) => Ok(token),
+        let mut before = 0;
+        let mut recall = |position: u32| match self.cache[self.place(input, slice, position)?] {
+            Some(Entry { token, position: at, writer, text })
+                if (at, writer, text) == (position, variant, hash(&[before, token])) =>
+            {
+                before = text as u32;
+                Ok(token)
+            }
             other => Err(format!("row {row} finds {other:?} at position {position}")),
         };
-        let tokens: Vec<u32> = (0..=input.positions[row]).map(recall).collect::<Result<_, _>>()?;
+        let tokens: Vec<u32> =
+            (0..=input.positions[row]).map(&mut recall).collect::<Result<_, _>>()?;
         if (self.faulty)(&tokens) { Err("made to fail".into()) } else { Ok((variant, tokens)) }
     }
 
@@ -240,6 +275,10 @@ impl Runner for FakeRunner {
     fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError> {
         let number = self.steps;
         self.steps += 1;
+        for (.., place) in self.places(input)? {
+            // What there was is lost, even if the step fails.
+            self.cache[place] = None;
+        }
         self.hooks.iter_mut().try_for_each(|hook| hook(number, input))?;
         self.write(input)?;
         let sampled = input.samples.iter().map(|sample| self.sample(input, sample));

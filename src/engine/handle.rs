@@ -241,6 +241,10 @@ fn check_length(job: &Job, capacity: &Capacity) -> Result<()> {
         let message = format!("token id {id} is not below {}", capacity.vocab);
         return Err(Error::invalid("prompt", message));
     }
+    if job.score_from >= prompt {
+        let message = format!("score_from is {}, of {prompt} prompt tokens", job.score_from);
+        return Err(Error::invalid("prompt", message));
+    }
     // The last new token is not run, so it needs no place in the cache.
     let pool = (capacity.blocks * capacity.block_size).saturating_add(1);
     let limit = capacity.context.min(pool);

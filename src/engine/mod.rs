@@ -63,6 +63,8 @@ pub struct Job {
     pub guide: Option<Box<dyn Guide>>,
     /// Ask for the prompt's own log-probabilities, with this many alternatives each.
     pub score_prompt: Option<u32>,
+    /// The first prompt token that they are asked of; what comes before need not be computed again.
+    pub score_from: usize,
     /// When the request came in.
     pub arrived: Instant,
     /// When it must have ended.
@@ -94,6 +96,7 @@ impl Job {
             stop_ids: Arc::new([]),
             guide: None,
             score_prompt: None,
+            score_from: 0,
             arrived,
             deadline: None,
             first_token_deadline: None,
@@ -104,7 +107,8 @@ impl Job {
 /// What a job hears.
 #[derive(Debug)]
 pub enum Event {
-    /// The prompt's log-probabilities, if asked for: one per prompt token, the first `None`.
+    /// The prompt's log-probabilities, if asked for: one per token from [`Job::score_from`] on; that of a
+    /// prompt's very first is `None`.
     Prompt(Vec<Option<TokenLogprob>>),
     /// One new token. A stop token is not reported.
     Token {

@@ -6,7 +6,9 @@
 //! - Between tasks: start-time fair queueing. Each row that a task runs adds `1 / weight` to its virtual
 //!   time, and the task with the least goes first.
 //! - Inside a task: what was preempted, then the earliest due, then the oldest.
-//! - What another sequence computed of the same beginning is taken over, block by block.
+//! - What another sequence computed of the same beginning is taken over, block by block, even if it does
+//!   so in the very step that is being planned: in each layer a step writes all its keys and values
+//!   before any of its rows looks at them.
 //! - A sequence takes blocks for its whole known length when it starts, then one at a time. When none is
 //!   left, the youngest running sequence loses its own and waits again; the oldest is never preempted,
 //!   so it always progresses. When the next in line does not fit, nobody overtakes it.
@@ -155,9 +157,11 @@ impl<T: Content> Scheduler<T> {
     }
 
     /// Decides the next step. Every sequence named in it runs its rows; then the caller says so with
-    /// [`Scheduler::advance`], or removes it.
+    /// [`Scheduler::advance`], or removes it. If the step did not run, the caller says that with
+    /// [`Scheduler::failed`] and removes all of them.
     pub fn plan(&mut self, plan: &mut Plan) {
         plan.clear();
+        self.pool.keep_promised();
         self.plan_decodes(plan);
         self.plan_prefills(plan);
         plan.chunks.sort_unstable_by_key(|chunk| (chunk.mix, chunk.task, chunk.id));
@@ -166,16 +170,13 @@ impl<T: Content> Scheduler<T> {
     /// Counts `rows` rows of a sequence as computed. When none is left to run, the caller either lets
     /// the sequence [`Scheduler::grow`] or removes it before the next plan.
     pub fn advance(&mut self, slot: Slot, rows: usize) {
-        let size = self.pool.block_size();
-        let seq = self.seqs[slot.0].as_mut().expect(LIVES);
-        seq.computed += rows;
-        while let Some(full) = seq.body.tokens().get(seq.remembered * size..)
-            && seq.computed >= (seq.remembered + 1) * size
-            && let Some(full) = full.get(..size)
-        {
-            seq.node = self.pool.remember(seq.node, full, seq.blocks[seq.remembered]);
-            seq.remembered += 1;
-        }
+        self.seq_mut(slot).computed += rows;
+    }
+
+    /// The planned step did not run, so that nothing may be found that it was to compute. Whoever shares
+    /// that was planned too, and is to be removed.
+    pub fn failed(&mut self) {
+        self.pool.forget_promised();
     }
 
     /// Adds one token to a sequence.
@@ -239,7 +240,10 @@ impl<T: Content> Scheduler<T> {
         while budget > 0 {
             let Some(task) = self.least_served(starting) else { break };
             let slot = match self.tasks[task].unfinished.pop_front() {
-                Some(slot) => slot,
+                Some(slot) => {
+                    self.catch_up(slot, plan);
+                    slot
+                }
                 None => match self.start(task, plan) {
                     Some(slot) => slot,
                     None => {
@@ -295,13 +299,39 @@ impl<T: Content> Scheduler<T> {
         Some(slot)
     }
 
+    /// Takes over what others have computed meanwhile of that which a running sequence has yet to.
+    fn catch_up(&mut self, slot: Slot, plan: &mut Plan) {
+        let size = self.pool.block_size();
+        let seq = self.seqs[slot.0].as_mut().expect(LIVES);
+        let most = seq.body.skippable().min(seq.len - 1);
+        let known = seq.body.tokens().get(..most).unwrap_or_default();
+        for tokens in known.chunks_exact(size).skip(seq.remembered) {
+            // Not what it has begun to fill itself.
+            let own = &mut seq.blocks[seq.remembered];
+            if seq.computed != seq.remembered * size {
+                break;
+            }
+            let Some(node) = self.pool.take_over(seq.node, tokens, own) else { break };
+            seq.node = node;
+            seq.remembered += 1;
+            seq.computed += size;
+            plan.prefix_hit += size;
+        }
+    }
+
     fn allocate(&mut self, slot: Slot) -> bool {
         let seq = self.seqs[slot.0].as_mut().expect(LIVES);
         self.pool.extend(&mut seq.blocks, seq.len)
     }
 
     fn run(&mut self, slot: Slot, rows: usize, plan: &mut Plan) {
-        let seq = self.seqs[slot.0].as_ref().expect(LIVES);
+        let seq = self.seqs[slot.0].as_mut().expect(LIVES);
+        let known = seq.body.tokens().len().min(seq.computed + rows);
+        let full = seq.body.tokens()[..known].chunks_exact(self.pool.block_size());
+        for tokens in full.skip(seq.remembered) {
+            seq.node = self.pool.remember(seq.node, tokens, seq.blocks[seq.remembered]);
+            seq.remembered += 1;
+        }
         let queue = &mut self.tasks[usize::from(seq.task.0)];
         queue.virtual_time += queue.row_cost * rows as u128;
         let (mix, start) = (seq.body.variant().mix, seq.computed);

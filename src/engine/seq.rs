@@ -122,8 +122,8 @@ pub struct Body {
     pub reply: Reply,
     /// Its place in the bounded queue, until it first runs.
     pub permit: Option<Permit>,
-    /// How many prompt positions were scored. Preemption does not take it back, so that each position
-    /// is scored once.
+    /// The first prompt position whose next token is still to be scored. Preemption does not take it
+    /// back, so that each is scored once.
     pub scored: usize,
     /// The scores, until the prompt is complete.
     pub scores: Vec<Option<TokenLogprob>>,
@@ -148,7 +148,7 @@ impl Content for Body {
     fn skippable(&self) -> usize {
         match &self.job {
             // A position that is to be scored must run.
-            Job { score_prompt: Some(_), .. } => self.scored,
+            Job { score_prompt: Some(_), .. } if self.scored + 1 < self.prompt_len => self.scored,
             // Whoever asks where its rows went wants to hear of all of them.
             Job { report_experts: true, .. } => 0,
             job => job.tokens.len(),
@@ -161,13 +161,15 @@ impl Body {
     pub fn new(job: Job, reply: Reply, permit: Permit) -> Self {
         let prompt_len = job.tokens.len();
         // Nothing precedes the first token, so it has no score.
-        let scores = job.score_prompt.map_or_else(Vec::new, |_| vec![None]);
+        let first = job.score_prompt.filter(|_| job.score_from == 0);
+        let scores = first.map_or_else(Vec::new, |_| vec![None]);
+        let scored = job.score_from.saturating_sub(1);
         Self {
             job,
             prompt_len,
             reply,
             permit: Some(permit),
-            scored: 0,
+            scored,
             scores,
             experts: Vec::new(),
             routed: 0,
@@ -190,6 +192,12 @@ impl Body {
     /// How many tokens may still be generated.
     pub fn remaining(&self) -> usize {
         self.job.max_new as usize - self.generated()
+    }
+
+    /// Whether all scores that were asked for are there, and were not sent yet.
+    pub fn is_scored(&self) -> bool {
+        let due = self.prompt_len - self.job.score_from;
+        self.job.score_prompt.is_some() && self.scores.len() == due
     }
 
     /// How many of a new sequence's tokens must run. Without generation the prompt's last token need

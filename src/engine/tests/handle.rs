@@ -52,14 +52,57 @@ fn prompts_are_scored_position_by_position() {
     let prompt: Vec<u32> = (10..21).collect();
     for max_new in [0, 4] {
         let scoring = Job { score_prompt: Some(2), ..job(prompt.clone(), max_new) };
-        let heard = listen(handle.submit(scoring).unwrap());
-        assert_eq!(heard.prompt, Some(scores(&fake, Variant::default(), &prompt, 2)));
+        let heard = listen(handle.submit(scoring.clone()).unwrap());
+        assert_eq!(heard.prompt, scores(&fake, &scoring));
         assert_eq!(heard.tokens, fake.alone(&prompt, max_new as usize, 0, &[]));
         assert_eq!(heard.finish, Some(Finish::Length));
     }
     let shortest = Job { score_prompt: Some(0), ..job([5], 0) };
     assert_eq!(listen(handle.submit(shortest).unwrap()).prompt, Some(vec![None]));
     assert_eq!(listen(handle.submit(job([5], 0)).unwrap()).prompt, None);
+}
+
+#[test]
+fn labels_behind_one_prompt_are_scored_in_one_step_that_computes_it_once() {
+    let (runner, gate) = FakeRunner::small().gated();
+    let (handle, thread) = ready(move || runner, Slo::default(), Settings::default());
+    let labels = [&[7][..], &[8, 9], &[8, 9, 10], &[7, 7]];
+    let label = |label: &&[u32]| {
+        let tokens: Vec<u32> = (0..40).chain(label.iter().copied()).collect();
+        Job { score_prompt: Some(2), score_from: 40, ..job(tokens, 0) }
+    };
+    let jobs: Vec<Job> = labels.iter().map(label).collect();
+    let events = handle.submit_all(jobs.clone()).unwrap();
+    let step = gate.arrival().unwrap();
+    let rows: Vec<usize> = step.slices.iter().map(|slice| slice.rows.len()).collect();
+    // Two blocks of 16 are whole; a label's last token need not run.
+    assert_eq!(rows, [40, 8 + 1, 8 + 2, 8 + 1]);
+    assert_eq!(step.scores.len(), 1 + 2 + 3 + 2);
+    drop(gate);
+    let fake = FakeRunner::small();
+    for (events, job) in events.into_iter().zip(&jobs) {
+        let heard = listen(events);
+        assert_eq!((&heard.prompt, heard.finish), (&scores(&fake, job), Some(Finish::Length)));
+        assert_eq!(heard.prompt.unwrap().len(), job.tokens.len() - 40);
+    }
+    let nothing = Job { score_from: 41, ..jobs[0].clone() };
+    assert_eq!(kind(handle.submit(nothing)), Some(Kind::Invalid));
+    handle.drain();
+    thread.join().unwrap();
+}
+
+#[test]
+fn what_a_failed_step_was_to_compute_is_computed_again() {
+    let prompt: Vec<u32> = (0..40).collect();
+    let build = || FakeRunner::small().failing_at([0]);
+    let (handle, _thread) = ready(build, Slo::default(), Settings::default());
+    let jobs = vec![job(prompt.clone(), 9); 3];
+    for heard in handle.submit_all(jobs.clone()).unwrap().into_iter().map(listen) {
+        assert_eq!(heard.failed.map(|error| error.kind), Some(Kind::Internal));
+    }
+    for heard in handle.submit_all(jobs).unwrap().into_iter().map(listen) {
+        assert_eq!(heard.tokens, FakeRunner::small().alone(&prompt, 9, 0, &[]));
+    }
 }
 
 #[test]
@@ -355,7 +398,7 @@ fn a_row_without_an_answer_ends_its_own_sequence_only() {
     let heard: Vec<Heard> = events.into_iter().map(listen).collect();
     let fake = FakeRunner::small();
     for (i, word) in [(0, 1), (2, 2), (3, 3)] {
-        let scores = (i < 3).then(|| scores(&fake, Variant::default(), &[word; 20], 2));
+        let scores = if i < 3 { scores(&fake, &scored([word; 20])) } else { None };
         let heard = &heard[i];
         assert_eq!((&heard.tokens, &heard.prompt), (&fake.alone(&[word; 20], 20, 0, &[]), &scores));
         assert_eq!(heard.finish, Some(Finish::Length));

@@ -7,7 +7,7 @@ mod scheduler;
 mod simulation;
 
 use super::fake::FakeRunner;
-use super::prefix::Variant;
+use super::seq::Body;
 use super::{EngineHandle, Event, Job, Mix, Settings, start};
 use crate::error::Error;
 use crate::ids::TaskId;
@@ -105,13 +105,10 @@ fn listen(mut events: Receiver<Event>) -> Heard {
     heard
 }
 
-/// The scores that the pretend model gives to a prompt.
-fn scores(
-    runner: &FakeRunner,
-    variant: Variant,
-    prompt: &[u32],
-    top: u32,
-) -> Vec<Option<TokenLogprob>> {
+/// The scores that the pretend model gives to the prompt of a job that asks for them.
+fn scores(runner: &FakeRunner, job: &Job) -> Option<Vec<Option<TokenLogprob>>> {
+    let (variant, prompt) = (Body::variant_of(job), &job.tokens);
+    let top = job.score_prompt?;
     let score = |at: usize| (at > 0).then(|| runner.score(variant, &prompt[..at], prompt[at], top));
-    (0..prompt.len()).map(score).collect()
+    Some((job.score_from..prompt.len()).map(score).collect())
 }

@@ -105,6 +105,16 @@ impl Rig {
         self.plan = plan;
     }
 
+    /// Plans a step that then fails.
+    fn fail(&mut self) {
+        let mut plan = std::mem::take(&mut self.plan);
+        self.scheduler.plan(&mut plan);
+        self.check(&plan);
+        self.scheduler.failed();
+        plan.chunks.iter().for_each(|chunk| self.remove(chunk.id));
+        self.plan = plan;
+    }
+
     fn check(&self, plan: &Plan) {
         assert!(plan.rows() <= self.limits.max_rows, "over the budget");
         assert!(plan.chunks.is_sorted_by_key(|chunk| chunk.task), "tasks are mixed");
@@ -143,6 +153,7 @@ enum Op {
     Add { task: usize, len: usize, growth: usize, due: u64 },
     Remove(usize),
     Step,
+    Fail,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -151,6 +162,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(task, len, growth, due)| Op::Add { task, len, growth, due }),
         1 => any::<usize>().prop_map(Op::Remove),
         4 => Just(Op::Step),
+        1 => Just(Op::Fail),
     ]
 }
 
@@ -189,6 +201,7 @@ proptest! {
                 }
                 Op::Remove(_) => {}
                 Op::Step => rig.step(),
+                Op::Fail => rig.fail(),
             }
             rig.scheduler.check_invariants();
         }
@@ -341,4 +354,53 @@ fn decodes_go_on_beside_a_long_prefill() {
         let rows: Vec<_> = rig.plan.chunks.iter().map(|chunk| (chunk.id, chunk.rows)).collect();
         assert_eq!(rows, [(decoding, 1), (SeqId(1), 8)]);
     }
+}
+
+/// Rows of each chunk of the next step.
+fn rows(rig: &mut Rig) -> Vec<usize> {
+    rig.step();
+    rig.plan.chunks.iter().map(|chunk| chunk.rows).collect()
+}
+
+#[test]
+fn an_equal_beginning_is_computed_once_in_one_step() {
+    let mut rig = Rig::new(equal_tasks(1, 64, 8), 100, 4);
+    rig.alike = true;
+    for _ in 0..3 {
+        rig.add(0, 30, 2, 0);
+    }
+    assert_eq!(rows(&mut rig), [30, 10, 10], "20 of 30 tokens are the same");
+    assert_eq!((rig.plan.prefix_queried, rig.plan.prefix_hit), (87, 40));
+    assert_eq!(rows(&mut rig), [1, 1, 1]);
+    rig.run_out();
+}
+
+#[test]
+fn what_a_failed_step_was_to_compute_is_not_shared() {
+    let mut rig = Rig::new(equal_tasks(1, 64, 8), 100, 4);
+    rig.alike = true;
+    rig.add(0, 30, 2, 0);
+    rig.add(0, 30, 2, 0);
+    rig.fail();
+    rig.scheduler.check_invariants();
+    rig.add(0, 30, 2, 0);
+    assert_eq!(rows(&mut rig), [30]);
+    rig.add(0, 30, 2, 0);
+    assert_eq!(rows(&mut rig), [1, 10], "what has run is");
+    rig.run_out();
+}
+
+#[test]
+fn long_beginnings_are_computed_in_turn_and_caught_up_with() {
+    let mut limits = equal_tasks(1, 16, 8);
+    limits.prefill_chunk = 8;
+    let mut rig = Rig::new(limits, 100, 4);
+    rig.alike = true;
+    let first = rig.add(0, 60, 1, 0);
+    let second = rig.add(0, 60, 1, 0);
+    let mut all = 0;
+    while rig.live.contains_key(&first) || rig.live.contains_key(&second) {
+        all += rows(&mut rig).iter().sum::<usize>();
+    }
+    assert_eq!(all, 60 + 20 + 2, "40 of 60 tokens are the same");
 }

@@ -7,7 +7,6 @@ use super::guided::Ascent;
 use super::*;
 use crate::engine::core::Core;
 use crate::engine::handle::{Command, Shared};
-use crate::engine::prefix::Variant;
 use crate::error::Kind;
 use crate::model::step::Capacity;
 use rand::rngs::SmallRng;
@@ -141,16 +140,23 @@ impl World {
             stop_ids: if random.random_bool(0.5) { Arc::new([3]) } else { Arc::new([]) },
             guide: random.random_bool(0.3).then(|| Ascent::boxed(random.random_range(0..9))),
             score_prompt: random.random_bool(0.3).then_some(2),
+            score_from: if random.random_bool(0.5) {
+                random.random_range(0..prompt.len())
+            } else {
+                0
+            },
             arrived,
             deadline: soon(random),
             first_token_deadline: soon(random),
             ..job(prompt, 0)
         };
-        match self.handle.submit(job.clone()) {
-            Ok(events) => {
-                let events = Some(events);
-                self.clients.push(Client { job, events, heard: Heard::default() });
-            }
+        // Several texts of one prompt begin in one step if there is room.
+        let copies = if random.random_bool(0.2) { random.random_range(2..5) } else { 1 };
+        match self.handle.submit_all(vec![job.clone(); copies]) {
+            Ok(events) => self.clients.extend(events.into_iter().map(|events| {
+                let (job, events) = (job.clone(), Some(events));
+                Client { job, events, heard: Heard::default() }
+            })),
             Err(error) => {
                 self.tally.refused += 1;
                 (error.kind, error.retry_after).hash(&mut self.trace);
@@ -300,9 +306,8 @@ fn faulty_runner(capacity: Capacity, random: &mut SmallRng, clock: Clock) -> Fak
 /// What a client heard must be what the model says alone, or a beginning of it.
 fn check(oracle: &FakeRunner, client: &Client) {
     let Client { job, heard, .. } = client;
-    let variant = Variant { mix: job.adapters.as_ref().map_or(0, |mix| mix.key), gate: job.gate };
     let (text, finish) = oracle.alone_as(job);
-    let scores = job.score_prompt.map(|top| scores(oracle, variant, &job.tokens, top));
+    let scores = scores(oracle, job);
     match heard.finish {
         Some(how) => assert_eq!((how, &heard.tokens, &heard.prompt), (finish, &text, &scores)),
         None => {

@@ -5,6 +5,7 @@ use super::*;
 use crate::kernels::{Ops, Precision};
 use crate::model::Spec;
 use crate::model::init::fresh;
+use crate::model::spec::{Gate, Moe};
 use crate::model::step::{SampleRow, ScoreRow, Slice};
 use crate::request::Params;
 use candle_core::DType;
@@ -18,8 +19,12 @@ const CONTEXT: usize = 16;
 const VOCAB: usize = 50;
 
 fn runner_over(edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> CandleRunner {
+    runner_of(None, edit)
+}
+
+fn runner_of(moe: Option<Moe>, edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> CandleRunner {
     let spec = Spec {
-        layers: 1,
+        layers: 2,
         heads: 2,
         width: 8,
         inner: 16,
@@ -28,7 +33,7 @@ fn runner_over(edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> CandleRunner {
         eps: 1e-5,
         eos: Vec::new(),
         tasks: Vec::new(),
-        moe: None,
+        moe,
     };
     let mut tensors = fresh(&spec, 1).unwrap();
     edit(&mut tensors);
@@ -160,4 +165,38 @@ fn logits_that_are_not_finite_fail_their_rows() {
     let errors = output.sampled.iter().filter_map(|row| row.as_ref().err());
     let errors = errors.chain(output.scored.iter().filter_map(|row| row.as_ref().err()));
     assert_eq!(errors.filter(|error| error.contains("not finite")).count(), 3);
+}
+
+/// The engine relies on it when it plans: a block may be shared in the very step that fills it.
+#[test]
+fn a_row_sees_what_another_sequence_writes_in_the_same_step() {
+    let experts = Moe { layers: vec![0, 1], experts: 3, top_k: 1, gate: Gate::Token };
+    for moe in [None, Some(experts)] {
+        let mut runner = runner_of(moe, |_| {});
+        let tokens = [11, 12, 13, 14, 15, 16, 17];
+        let input = |slices: &[(Range<usize>, [u32; 2])]| {
+            let mut input = StepInput::default();
+            for (positions, table) in slices {
+                let row = input.tokens.len();
+                input.tokens.extend_from_slice(&tokens[positions.clone()]);
+                input.positions.extend(positions.clone().map(|position| position as u32));
+                let table_at = input.block_tables.len();
+                input.block_tables.extend(table);
+                let (rows, table) = (row..input.tokens.len(), table_at..table_at + 2);
+                let last = rows.end - 1;
+                input.slices.push(Slice { rows, table, gate: None });
+                input.scores.push(ScoreRow { row: last, target: 1, top: 5 });
+            }
+            input
+        };
+        let alone = runner.step(&input(&[(0..7, [0, 1])])).unwrap().scored.remove(0).unwrap();
+        // The second has no first block of its own.
+        let (writer, reader) = ((0..6, [2, 3]), (4..7, [2, 4]));
+        for (slices, place) in [([writer.clone(), reader.clone()], 1), ([reader, writer], 0)] {
+            // What block 2 had before is another text's.
+            runner.step(&input(&[(3..6, [5, 2])])).unwrap();
+            let scored = runner.step(&input(&slices)).unwrap().scored.remove(place).unwrap();
+            assert_eq!(scored, alone);
+        }
+    }
 }
