@@ -45,6 +45,12 @@ pub struct Serve {
     /// Port to listen on; 0 takes a free one [environment also: PORT]
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
+    /// Port to listen on for gRPC; 0 takes a free one
+    #[arg(long, default_value_t = 8001)]
+    pub grpc_port: u16,
+    /// Listen for HTTP alone
+    #[arg(long)]
+    pub no_grpc: bool,
     /// What clients call the bundle [default: its folder's name]
     #[arg(long, value_parser = name)]
     pub served_model_name: Option<String>,
@@ -63,7 +69,7 @@ pub struct Serve {
     /// Seconds that a request's head, and again its body, may take to arrive
     #[arg(long, default_value = "30", value_parser = seconds)]
     pub body_timeout: Duration,
-    /// Seconds of silence on a stream after which a comment is sent
+    /// Seconds of silence after which a comment is sent on a stream, or a ping on a connection of gRPC
     #[arg(long, default_value = "10", value_parser = seconds)]
     pub keep_alive: Duration,
     /// Seconds that a client may take nothing of what is written to it
@@ -72,6 +78,9 @@ pub struct Serve {
     /// Connections at once [default: as many as open files are allowed, less 128, at most 4096]
     #[arg(long, value_parser = count(1..=1 << 20))]
     pub max_connections: Option<usize>,
+    /// Calls at once on one connection of gRPC; those beyond it wait at the client
+    #[arg(long, default_value_t = 1024, value_parser = RangedU64ValueParser::<u32>::new().range(1..=1 << 20))]
+    pub max_streams: u32,
     /// Seconds that running requests get to finish after SIGTERM
     #[arg(long, default_value = "30", value_parser = seconds)]
     pub shutdown_timeout: Duration,

@@ -1,6 +1,6 @@
 //! The shell: sockets in, text out.
 //!
-//! A wire is one folder: [`openai`], [`native`]. It parses its own words into a
+//! A wire is one folder: [`openai`], [`native`], [`grpc`]. It parses its own words into a
 //! [`crate::request::Request`]; [`service::Service`] checks it and hands it to the engine; the
 //! [`ticket::Ticket`] that comes back is the request's life: the wire writes what it says, and dropping it
 //! cancels. [`http`] holds what all wires over HTTP share, [`mod@serve`] listens and drains.
@@ -11,6 +11,7 @@
 mod admin;
 pub mod catalog;
 mod encode;
+pub mod grpc;
 pub mod http;
 mod native;
 mod openai;
@@ -21,5 +22,5 @@ pub mod ticket;
 
 pub use admin::Admin;
 pub use http::{App, Limits};
-pub use serve::{Ended, serve, signals};
+pub use serve::{Ended, Listeners, serve, signals};
 pub use service::Service;

@@ -1,21 +1,24 @@
-//! Listening and leaving. The socket is bound before the model is loaded, so that probes are answered
-//! from the first moment; on a signal readiness goes false at once, new work is refused with 503, what
-//! runs is finished, and only then do the connections close.
+//! Listening and leaving, for HTTP and gRPC alike. The sockets are bound before the model is loaded, so
+//! that probes are answered from the first moment; on a signal readiness goes false at once, new work is
+//! refused as unavailable, what runs is finished, and only then do the connections close.
 //!
-//! Connections are bounded: those beyond the limit get a 503 and are closed, so that nobody hangs in
-//! the backlog of a server that has no file descriptors left.
+//! Connections are bounded, over all listeners: those beyond the limit hear that there are too many and
+//! are closed, so that nobody hangs in the backlog of a server that has no file descriptors left.
 
 use super::http::{App, Limits};
 use super::socket::Impatient;
 use crate::engine::State;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use axum::Router;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// How long a failed server goes on to say so before it ends.
@@ -29,6 +32,18 @@ const REFUSING: Duration = Duration::from_secs(2);
 
 /// Pause after an error of `accept` (usually: no file descriptors left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Bytes that a client of HTTP/2 begins with.
+const PREFACE: usize = 24;
+
+/// The largest head of a call, in bytes, uncompressed.
+const MAX_HEADERS: u32 = 16 << 10;
+
+/// The largest frame that clients may send, in bytes: what all of them send anyway.
+const MAX_FRAME: u32 = 16 << 10;
+
+/// Bytes of one stream that wait for its client at most; the rest waits as tokens.
+const SEND_BUFFER: usize = 64 << 10;
 
 /// How serving ended; each has its exit code in `main`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,18 +73,33 @@ pub fn signals() -> std::io::Result<mpsc::Receiver<()>> {
     Ok(receiver)
 }
 
+/// What a server listens on.
+pub struct Listeners {
+    /// For HTTP.
+    pub http: TcpListener,
+    /// For gRPC, if that is wanted.
+    pub grpc: Option<TcpListener>,
+}
+
 /// Serves `app` until the first of `stop` or until the engine fails, then drains for at most
 /// `shutdown_timeout`.
 pub async fn serve(
-    listener: TcpListener,
+    listeners: Listeners,
     app: Arc<App>,
     shutdown_timeout: Duration,
     mut stop: mpsc::Receiver<()>,
 ) -> Ended {
-    let closing = CancellationToken::new();
     // Every connection holds a sender: the channel ends with the last of them.
     let (open, mut closed) = mpsc::channel::<()>(1);
-    let accepting = tokio::spawn(accept(listener, app.clone(), closing.clone(), open));
+    // Dropping it ends the listening.
+    let mut accepting = JoinSet::new();
+    let door = Door::new(&app, open);
+    if let Some(listener) = listeners.grpc {
+        let house = House::new(Protocol::Http2, app.grpc_router(), app.full_grpc_router());
+        accepting.spawn(accept(listener, house, door.clone()));
+    }
+    let house = House::new(Protocol::Http1, app.clone().router(), app.clone().full_router());
+    accepting.spawn(accept(listeners.http, house, door));
     let mut state = app.service.engine().watch();
     let ended = tokio::select! {
         _ = stop.recv() => Ended::Drained,
@@ -82,7 +112,7 @@ pub async fn serve(
             Ended::Failed => tokio::time::sleep(FAILED_GRACE).await,
             _ => app.service.idle().await,
         }
-        closing.cancel();
+        app.closing.cancel();
         // Every answer is out; half a request is not worth waiting for.
         let _ = tokio::time::timeout(app.limits.closing_grace, closed.recv()).await;
     };
@@ -91,26 +121,62 @@ pub async fn serve(
         () = tokio::time::sleep(shutdown_timeout) => Some(Ended::TimedOut),
         Some(()) = stop.recv() => Some(Ended::Interrupted),
     };
-    accepting.abort();
     // A failure stays one, however the rest ended.
     cut.filter(|_| ended == Ended::Drained).unwrap_or(ended)
 }
 
-async fn accept(
-    listener: TcpListener,
-    app: Arc<App>,
+/// What a listener's connections speak.
+#[derive(Clone, Copy)]
+enum Protocol {
+    Http1,
+    /// From the first byte: gRPC.
+    Http2,
+}
+
+/// What one listener's connections come to.
+struct House {
+    protocol: Protocol,
+    service: TowerToHyperService<Router>,
+    /// For connections beyond the limit.
+    full: TowerToHyperService<Router>,
+}
+
+impl House {
+    fn new(protocol: Protocol, service: Router, full: Router) -> Self {
+        let (service, full) = (TowerToHyperService::new(service), TowerToHyperService::new(full));
+        Self { protocol, service, full }
+    }
+}
+
+/// What all listeners share: how many connections there may be, and when they are to close.
+#[derive(Clone)]
+struct Door {
+    limits: Limits,
+    places: Arc<Semaphore>,
+    refusals: Arc<Semaphore>,
     closing: CancellationToken,
-    open: mpsc::Sender<()>,
-) {
-    let limits = app.limits;
-    let service = TowerToHyperService::new(app.clone().router());
-    let full = TowerToHyperService::new(app.full_router());
-    let places = Arc::new(Semaphore::new(limits.max_connections));
-    let refusals = Arc::new(Semaphore::new(REFUSED_AT_ONCE));
+    /// Only held, by every connection.
+    _open: mpsc::Sender<()>,
+}
+
+impl Door {
+    fn new(app: &App, open: mpsc::Sender<()>) -> Self {
+        Self {
+            limits: app.limits,
+            places: Arc::new(Semaphore::new(app.limits.max_connections)),
+            refusals: Arc::new(Semaphore::new(REFUSED_AT_ONCE)),
+            closing: app.closing.clone(),
+            _open: open,
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, house: House, door: Door) {
+    let protocol = house.protocol;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = closing.cancelled() => return,
+            () = door.closing.cancelled() => return,
         };
         let socket = match accepted {
             Ok((socket, _)) => socket,
@@ -120,48 +186,84 @@ async fn accept(
                 continue;
             }
         };
-        let (open, closing) = (open.clone(), closing.clone());
-        if let Ok(place) = places.clone().try_acquire_owned() {
-            let connection = connection(socket, service.clone(), limits, true, closing);
+        let door = door.clone();
+        if let Ok(place) = door.places.clone().try_acquire_owned() {
+            let service = house.service.clone();
             tokio::spawn(async move {
-                connection.await;
-                drop((place, open));
+                connection(socket, protocol, service, true, &door).await;
+                drop((place, door));
             });
-        } else if let Ok(place) = refusals.clone().try_acquire_owned() {
-            let connection = connection(socket, full.clone(), limits, false, closing);
+        } else if let Ok(place) = door.refusals.clone().try_acquire_owned() {
+            let service = house.full.clone();
             tokio::spawn(async move {
+                let connection = connection(socket, protocol, service, false, &door);
                 let _ = tokio::time::timeout(REFUSING, connection).await;
-                drop((place, open));
+                drop((place, door));
             });
         }
     }
 }
 
-/// Serves one connection: one request, or as many as come if it is to `stay`.
+/// Serves one connection: as many requests as come; over HTTP/1 only one unless it is to `stay`.
 async fn connection(
     socket: TcpStream,
-    service: TowerToHyperService<axum::Router>,
-    limits: Limits,
+    protocol: Protocol,
+    service: TowerToHyperService<Router>,
     stay: bool,
-    closing: CancellationToken,
+    door: &Door,
 ) {
+    let Door { limits, closing, .. } = door;
     // A frame is small and urgent.
     let _ = socket.set_nodelay(true);
-    let socket = TokioIo::new(Impatient::new(socket, limits.write_timeout));
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.body_timeout)
-        .keep_alive(stay)
-        .serve_connection(socket, service);
-    let mut connection = std::pin::pin!(connection);
-    let result = tokio::select! {
-        result = connection.as_mut() => result,
-        () = closing.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let socket = Impatient::new(socket, limits.write_timeout);
+    let result = match protocol {
+        Protocol::Http1 => {
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(limits.body_timeout)
+                .keep_alive(stay)
+                .serve_connection(TokioIo::new(socket), service);
+            until_closed(connection, |c| c.graceful_shutdown(), closing).await
+        }
+        Protocol::Http2 => {
+            // hyper waits for ever for a client that connects and says nothing.
+            let socket = TokioIo::new(socket.greeted_within(PREFACE, limits.body_timeout));
+            let connection = http2(limits).serve_connection(socket, service);
+            until_closed(connection, |c| c.graceful_shutdown(), closing).await
         }
     };
     if let Err(error) = result {
         tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// HTTP/2 for clients that may be many, slow or gone.
+fn http2(limits: &Limits) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.max_streams)
+        .max_header_list_size(MAX_HEADERS)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buf_size(SEND_BUFFER)
+        // A peer that is gone answers no ping.
+        .keep_alive_interval(limits.keep_alive)
+        .keep_alive_timeout(limits.write_timeout);
+    builder
+}
+
+/// Runs a connection to its end; from `closing` on it takes no further requests.
+async fn until_closed<C: Future<Output = hyper::Result<()>>>(
+    connection: C,
+    shut_down: impl FnOnce(Pin<&mut C>),
+    closing: &CancellationToken,
+) -> hyper::Result<()> {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        result = connection.as_mut() => result,
+        () = closing.cancelled() => {
+            shut_down(connection.as_mut());
+            connection.await
+        }
     }
 }

@@ -256,6 +256,9 @@ async fn in_time<T>(request: &Request, work: impl Future<Output = Result<T>>) ->
     let Some(limit) = request.deadline.into_iter().chain(request.first_token_deadline).min() else {
         return work.await;
     };
+    if now() >= limit {
+        return Err(late());
+    }
     let done = tokio::time::timeout_at(limit.into(), work).await.map_err(|_| late())??;
     if now() < limit { Ok(done) } else { Err(late()) }
 }

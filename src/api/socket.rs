@@ -1,5 +1,5 @@
-//! A socket whose other side must go on reading. hyper bounds how long a head may take to come, but
-//! not how long an answer may take to leave.
+//! A socket whose other side must go on reading, and may have to begin in time. hyper bounds how long a
+//! head may take to come, but not how long an answer may take to leave, nor when HTTP/2 must begin.
 
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::pin::Pin;
@@ -14,12 +14,19 @@ pub struct Impatient<T> {
     limit: Duration,
     /// Runs while a write waits.
     stalled: Option<Pin<Box<Sleep>>>,
+    /// Bytes that are still to be read before it ends.
+    greeting: Option<(usize, Pin<Box<Sleep>>)>,
 }
 
 impl<T> Impatient<T> {
     /// Watches the writes to `inner`.
     pub fn new(inner: T, limit: Duration) -> Self {
-        Self { inner, limit, stalled: None }
+        Self { inner, limit, stalled: None, greeting: None }
+    }
+
+    /// The same, whose first `bytes` must come within `limit`.
+    pub fn greeted_within(self, bytes: usize, limit: Duration) -> Self {
+        Self { greeting: Some((bytes, Box::pin(sleep(limit)))), ..self }
     }
 
     /// What a write comes to that has come to `written` so far.
@@ -40,7 +47,19 @@ impl<T: AsyncRead + Unpin> AsyncRead for Impatient<T> {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<Result<()>> {
-        Pin::new(&mut self.inner).poll_read(cx, buffer)
+        if let Some((_, late)) = &mut self.greeting
+            && late.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(Error::from(ErrorKind::TimedOut)));
+        }
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.inner).poll_read(cx, buffer);
+        let come = buffer.filled().len() - before;
+        self.greeting = self.greeting.take().and_then(|(left, late)| {
+            let left = left.checked_sub(come).filter(|left| *left > 0)?;
+            Some((left, late))
+        });
+        read
     }
 }
 
@@ -91,5 +110,19 @@ mod tests {
         let mut read = [0; 8];
         far.read_exact(&mut read).await.unwrap();
         socket.write_all(b"9").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_greeting_must_come_whole_and_in_time() {
+        let limit = Duration::from_millis(20);
+        for (said, in_time) in [(&b"123"[..], false), (b"1234", true), (b"12345", true)] {
+            let (near, mut far) = duplex(8);
+            let mut socket = Impatient::new(near, limit).greeted_within(4, limit);
+            far.write_all(said).await.unwrap();
+            let mut read = [0; 8];
+            assert_eq!(socket.read(&mut read).await.unwrap(), said.len());
+            let silent = tokio::time::timeout(limit * 3, socket.read(&mut read)).await;
+            assert_eq!(silent.is_err(), in_time, "{said:?}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use super::{Outcome, set_threads};
 use anyhow::{Context, Result, anyhow, bail};
 use shoal::adapter::registry::{Bounds, Registry, Wanted};
-use shoal::api::{self, Admin, App, Ended, Limits, Service};
+use shoal::api::{self, Admin, App, Ended, Limits, Listeners, Service};
 use shoal::bundle::{Bundle, check_all};
 use shoal::config::{LogFormat, Serve};
 use shoal::engine::{EngineHandle, Settings, State};
@@ -11,7 +11,6 @@ use shoal::metrics::Metrics;
 use shoal::model::LoadOptions;
 use shoal::telemetry::{self, traces::Traces};
 use std::io::Write;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -42,17 +41,14 @@ pub fn run(args: &Serve) -> Result<Outcome> {
 
 async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
     let stop = api::signals().context("cannot listen for signals")?;
-    let listener = TcpListener::bind((args.host.as_str(), args.port))
-        .await
-        .with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
-    let address = listener.local_addr()?;
+    let listeners = listen(args).await?;
     let mut bundle = Bundle::open(&args.bundle, args.served_model_name.as_deref())?;
     let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
     metrics.startup("bundle", started.elapsed().as_secs_f64());
     let admin_key = args.adapters.admin_key().map_err(anyhow::Error::msg)?;
     let adapters = adapters(args, &mut bundle, &metrics)?;
     let (engine, core) = start_engine(args, &bundle, &metrics);
-    let announcement = announcement(args, &bundle, address);
+    let announcement = announcement(args, &bundle, &listeners)?;
     let dtype = bundle.held_as(args.compute.dtype);
     let ends = bundle.ends();
     let root = args.adapters.adapter_root.clone();
@@ -75,12 +71,13 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         keep_alive: args.keep_alive,
         write_timeout: args.write_timeout,
         max_connections: args.max_connections(),
+        max_streams: args.max_streams,
         ..Limits::default()
     };
     let traces = traces(args)?;
     let app = App::new(service, limits, dtype).with_admin(admin).with_traces(traces.clone());
     tokio::spawn(announce(engine, metrics, announcement, started));
-    let ended = api::serve(listener, Arc::new(app), args.shutdown_timeout, stop).await;
+    let ended = api::serve(listeners, Arc::new(app), args.shutdown_timeout, stop).await;
     if let Some(traces) = traces {
         let sent = tokio::task::spawn_blocking(move || traces.finish());
         let _ = tokio::time::timeout(LAST_SPANS, sent).await;
@@ -104,6 +101,18 @@ fn traces(args: &Serve) -> Result<Option<Arc<Traces>>> {
     let traces = Traces::start(endpoint, &args.otlp_service_name)
         .map_err(|error| anyhow!("--otlp-endpoint {endpoint}: {error}"))?;
     Ok(Some(Arc::new(traces)))
+}
+
+/// Binds the sockets.
+async fn listen(args: &Serve) -> Result<Listeners> {
+    let host = args.host.as_str();
+    let bind = async |port: u16| {
+        let bound = TcpListener::bind((host, port)).await;
+        bound.with_context(|| format!("cannot listen on {host}:{port}"))
+    };
+    let http = bind(args.port).await?;
+    let grpc = if args.no_grpc { None } else { Some(bind(args.grpc_port).await?) };
+    Ok(Listeners { http, grpc })
 }
 
 /// The bundle's adapters and those that were named; what a task needs is never given up.
@@ -149,15 +158,20 @@ fn start_engine(
 }
 
 /// What is served, and where.
-fn announcement(args: &Serve, bundle: &Bundle, address: SocketAddr) -> String {
+fn announcement(args: &Serve, bundle: &Bundle, listeners: &Listeners) -> Result<String> {
     let tasks: Vec<&str> = bundle.tasks.named().map(|task| task.name.as_str()).collect();
     let tasks = tasks.join(", ");
-    format!(
-        "serving {} ({:.1}M parameters, {}; tasks: {tasks}) on http://{address}",
+    let http = listeners.http.local_addr()?;
+    let grpc = match &listeners.grpc {
+        Some(listener) => format!(", gRPC on {}", listener.local_addr()?),
+        None => String::new(),
+    };
+    Ok(format!(
+        "serving {} ({:.1}M parameters, {}; tasks: {tasks}) on http://{http}{grpc}",
         bundle.id,
         bundle.spec.parameters() as f64 / 1e6,
         bundle.held_as(args.compute.dtype),
-    )
+    ))
 }
 
 /// Says that the model is ready, once it is: on standard output, whatever is logged.

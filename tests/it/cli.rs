@@ -263,6 +263,7 @@ fn a_wrong_configuration_ends_with_64_and_all_its_faults() {
 async fn serve_says_where_answers_and_leaves_on_sigterm() {
     let dir = bundle();
     let server = shoal(&["serve", path(&dir), "--port", "0", "--served-model-name", "tiny"])
+        .env("SHOAL_GRPC_PORT", "0")
         .env("SHOAL_LOG", "off")
         .stdout(Stdio::piped())
         .spawn();
@@ -352,7 +353,7 @@ fn training_stops_with_a_checkpoint_on_either_signal() {
 fn serve_names_what_it_cannot_do() {
     let dir = bundle();
     fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
-    let output = run(&["serve", path(&dir), "--port", "0"]);
+    let output = run(&["serve", path(&dir), "--port", "0", "--no-grpc"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("tokenizer.json: No such file"));
 }

@@ -14,6 +14,8 @@ mod completions;
 mod experts;
 /// The real decoder behind the sockets, against PyTorch.
 mod golden;
+/// The same requests over gRPC and over HTTP.
+mod grpc;
 /// A server on a port of its own, a client that sees bytes.
 mod harness;
 /// What holds for every route.

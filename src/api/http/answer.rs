@@ -111,7 +111,7 @@ fn frames(ticket: Ticket, writer: impl Writer) -> impl Stream<Item = Result<Even
 }
 
 /// Where the time of a request went, as browsers and proxies read it.
-fn server_timing(timing: &Timing) -> HeaderValue {
+pub fn server_timing(timing: &Timing) -> HeaderValue {
     let ms = |d: Duration| d.as_secs_f64() * 1000.0;
     let (queue, prefill, decode) = (ms(timing.queue), ms(timing.prefill), ms(timing.decode));
     let text = format!("queue;dur={queue:.3}, prefill;dur={prefill:.3}, decode;dur={decode:.3}");

@@ -8,11 +8,11 @@ use crate::telemetry::Record;
 use axum::body::Body;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{Extensions, HeaderMap, header};
 use http_body_util::BodyExt;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The header of a request's id, in and out.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -23,7 +23,7 @@ const FIRST_TOKEN_TIMEOUT: &str = "x-llm-d-slo-ttft-ms";
 const MAX_THROWN_AWAY: usize = 64 << 20;
 
 /// The longest time limit that means anything: a day.
-const MAX_TIMEOUT_MS: f64 = 86_400_000.0;
+pub const MAX_TIMEOUT_MS: f64 = 86_400_000.0;
 
 /// A request's head: who it is, and what its headers say.
 #[derive(Clone, Debug)]
@@ -35,6 +35,13 @@ pub struct Head {
 }
 
 impl Head {
+    /// The head of a request with these headers, observed or not.
+    pub fn new(headers: &HeaderMap, extensions: &Extensions) -> Self {
+        let record = extensions.get::<Arc<Record>>().cloned();
+        let record = record.unwrap_or_else(|| Record::new(Self::id(headers)));
+        Self { record, headers: headers.clone() }
+    }
+
     /// The id that these headers ask for, if it is fit to be logged and sent back, else a new one.
     pub fn id(headers: &HeaderMap) -> String {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || b"-_.:/+=".contains(&b);
@@ -48,9 +55,7 @@ impl<S: Sync> FromRequestParts<S> for Head {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
-        let record = parts.extensions.get::<Arc<Record>>().cloned();
-        let record = record.unwrap_or_else(|| Record::new(Self::id(&parts.headers)));
-        Ok(Self { record, headers: parts.headers.clone() })
+        Ok(Self::new(&parts.headers, &parts.extensions))
     }
 }
 
@@ -73,6 +78,13 @@ impl Call {
             timeout: duration(&head.headers, TIMEOUT)?,
             first_token_timeout: duration(&head.headers, FIRST_TOKEN_TIMEOUT)?,
         })
+    }
+
+    /// When the whole answer and when its first token must be out, if the body gives `timeout`.
+    pub fn deadlines(&self, timeout: Option<Duration>) -> (Option<Instant>, Option<Instant>) {
+        let from_arrival = |limit| self.record.arrived + limit;
+        let whole = timeout.into_iter().chain(self.timeout).min();
+        (whole.map(from_arrival), self.first_token_timeout.map(from_arrival))
     }
 }
 

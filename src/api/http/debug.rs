@@ -11,22 +11,30 @@ pub struct Reported(Option<Vec<AdapterPart>>);
 /// `debug` of one text.
 #[derive(Serialize)]
 pub struct Debug<'a> {
-    adapters: &'a [AdapterPart],
-    routing: Vec<Layer<'a>>,
+    /// What was added to the base weights.
+    pub adapters: &'a [AdapterPart],
+    /// One entry for every layer of experts.
+    pub routing: Vec<Layer<'a>>,
 }
 
+/// One adapter, as it was used.
 #[derive(Clone, Debug, Serialize)]
-struct AdapterPart {
-    name: String,
-    generation: u64,
-    weight: f32,
+pub struct AdapterPart {
+    /// Its id.
+    pub name: String,
+    /// Which of those that had this id.
+    pub generation: u64,
+    /// What its delta was multiplied with.
+    pub weight: f32,
 }
 
 /// How many rows each expert of a layer computed.
 #[derive(Serialize)]
-struct Layer<'a> {
-    layer: usize,
-    rows_per_expert: &'a [u64],
+pub struct Layer<'a> {
+    /// The transformer block.
+    pub layer: usize,
+    /// By expert.
+    pub rows_per_expert: &'a [u64],
 }
 
 impl<'a> Layer<'a> {

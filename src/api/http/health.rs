@@ -28,9 +28,14 @@ pub async fn live(State(app): State<Arc<App>>) -> Result<Response> {
 
 /// `/readyz` and `/health`: able to take work now.
 pub async fn ready(State(app): State<Arc<App>>) -> Result<Response> {
-    app.service.engine().ready()?;
-    fresh(&app, LATE)?;
+    check_ready(&app)?;
     Ok(ok("ready"))
+}
+
+/// Whether work can be taken now.
+pub fn check_ready(app: &App) -> Result<()> {
+    app.service.engine().ready()?;
+    fresh(app, LATE)
 }
 
 /// `/startupz`: start-up is over.

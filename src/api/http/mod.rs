@@ -7,9 +7,9 @@ pub mod call;
 pub mod debug;
 pub mod fields;
 pub mod grammar;
-mod health;
+pub mod health;
 mod info;
-mod observe;
+pub mod observe;
 pub mod params;
 pub mod respond;
 
@@ -28,6 +28,7 @@ use fields::Fields;
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
 /// When to come back to a replica that has no connection left.
@@ -40,12 +41,14 @@ pub struct Limits {
     pub max_body_bytes: usize,
     /// Longest time for the head, and again for the body, to arrive.
     pub body_timeout: Duration,
-    /// Silence on a stream after which a comment is sent.
+    /// Silence on a stream after which a comment is sent, or on a connection of gRPC a ping.
     pub keep_alive: Duration,
     /// How long a client may take nothing of what is written to it.
     pub write_timeout: Duration,
     /// Connections at once; those beyond it are told to come back.
     pub max_connections: usize,
+    /// Calls at once on one connection of gRPC; those beyond it wait at the client.
+    pub max_streams: u32,
     /// How long connections that wait for no answer may take to end when the server does.
     pub closing_grace: Duration,
 }
@@ -58,6 +61,7 @@ impl Default for Limits {
             keep_alive: Duration::from_secs(10),
             write_timeout: Duration::from_secs(30),
             max_connections: 1024,
+            max_streams: 1024,
             closing_grace: Duration::from_secs(5),
         }
     }
@@ -79,6 +83,8 @@ pub struct App {
     pub dtype: String,
     /// When the server started, in seconds since 1970.
     pub created: u64,
+    /// Cancelled when connections are to close: what would go on for ever ends then.
+    pub closing: CancellationToken,
 }
 
 /// A path that was taken apart by us, so that its complaint has our shape.
@@ -89,8 +95,8 @@ impl App {
     pub fn new(service: Service, limits: Limits, dtype: impl Into<String>) -> Self {
         let bundle = service.catalog().listing().tasks.bundle().name.as_str().into();
         let created = answer::unix_time();
-        let dtype = dtype.into();
-        Self { service, limits, admin: None, bundle, traces: None, dtype, created }
+        let (dtype, closing) = (dtype.into(), CancellationToken::new());
+        Self { service, limits, admin: None, bundle, traces: None, dtype, created, closing }
     }
 
     /// The same, to be changed by some.
@@ -154,7 +160,8 @@ async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-async fn full(State(app): State<Arc<App>>, head: Head, body: Body) -> Error {
+/// Refuses a request on a connection beyond the limit.
+pub async fn full(State(app): State<Arc<App>>, head: Head, body: Body) -> Error {
     let error = Error::new(Kind::Unavailable, "too many connections").with_retry_after(RETRY_FULL);
     app.service.count_refused(&head.record, &error);
     // What it holds does not matter.
@@ -176,9 +183,14 @@ pub fn segment(path: Segment) -> Result<String> {
 }
 
 fn panicked(cause: Box<dyn Any + Send>) -> Response {
+    panic_error(cause).into_response()
+}
+
+/// What a panic is to a client.
+pub fn panic_error(cause: Box<dyn Any + Send>) -> Error {
     let text = cause.downcast_ref::<String>().cloned();
     let text = text.or_else(|| cause.downcast_ref::<&str>().map(|s| (*s).to_string()));
-    Error::internal("a handler panicked", text.unwrap_or_default()).into_response()
+    Error::internal("a handler panicked", text.unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -58,8 +58,7 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         return Err(Error::invalid("best_of", message));
     }
     body.finish()?;
-    let timeout = timeout.into_iter().chain(call.timeout).min();
-    let arrived = call.record.arrived;
+    let (deadline, first_token_deadline) = call.deadlines(timeout);
     Ok(Request {
         record: call.record.clone(),
         model,
@@ -71,8 +70,8 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         params,
         grammar,
         usual_max_tokens,
-        deadline: timeout.map(|t| arrived + t),
-        first_token_deadline: call.first_token_timeout.map(|t| arrived + t),
+        deadline,
+        first_token_deadline,
     })
 }
 

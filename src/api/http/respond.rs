@@ -7,22 +7,50 @@ use serde::Serialize;
 use serde_json::{Value, json as value};
 use std::time::Duration;
 
-/// OpenAI's `{"error": {...}}`. The cause of an internal error is logged here and not sent.
-pub fn error_body(error: &Error) -> Vec<u8> {
+/// What a client is told of an error, on every wire.
+pub struct Told<'a> {
+    /// What is wrong and what is allowed.
+    pub message: &'a str,
+    /// The field at fault.
+    pub param: Option<&'a str>,
+    /// A word for programs.
+    pub code: Option<&'static str>,
+    /// When to try again, in whole seconds, where that can help.
+    pub retry_after: Option<u64>,
+}
+
+/// What a client is told of `error`. The cause of an internal error is logged here and not told.
+pub fn tell(error: &Error) -> Told<'_> {
     if error.kind == Kind::Internal {
         tracing::error!(%error, "internal error");
     }
+    let again = error.kind.row().retry.then_some(Duration::from_secs(1));
+    let seconds = |after: Duration| after.as_secs_f64().ceil().max(1.0) as u64;
+    Told {
+        message: start_of(error.public_message(), 1000),
+        param: error.param.as_deref().map(|param| start_of(param, 100)),
+        code: error.public_code(),
+        retry_after: error.retry_after.or(again).map(seconds),
+    }
+}
+
+/// OpenAI's `{"error": {...}}`.
+pub fn error_body(error: &Error) -> Vec<u8> {
+    body(error, &tell(error))
+}
+
+fn body(error: &Error, told: &Told) -> Vec<u8> {
     let body = value!({"error": {
-        "message": start_of(error.public_message(), 1000),
+        "message": told.message,
         "type": error.kind.row().openai_type,
-        "param": error.param.as_deref().map(|param| start_of(param, 100)),
-        "code": error.public_code(),
+        "param": told.param,
+        "code": told.code,
     }});
     body.to_string().into_bytes()
 }
 
 /// At most `characters` of a text that may hold what the client sent.
-fn start_of(text: &str, characters: usize) -> &str {
+pub fn start_of(text: &str, characters: usize) -> &str {
     text.char_indices().nth(characters).map_or(text, |(end, _)| &text[..end])
 }
 
@@ -45,10 +73,9 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status =
             StatusCode::from_u16(self.kind.row().http).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let mut response = json(status, error_body(&self));
-        let again = self.kind.row().retry;
-        if let Some(after) = self.retry_after.or(again.then_some(Duration::from_secs(1))) {
-            let seconds = after.as_secs_f64().ceil().max(1.0) as u64;
+        let told = tell(&self);
+        let mut response = json(status, body(&self, &told));
+        if let Some(seconds) = told.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response

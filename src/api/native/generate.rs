@@ -33,8 +33,8 @@ pub async fn generate(
     app.answer(ticket, writer, stream).await
 }
 
-/// Names the prompt as this wire's bodies do.
-fn renamed(error: Error) -> Error {
+/// Names the prompt as this wire does.
+pub fn renamed(error: Error) -> Error {
     match error.param.as_deref() {
         Some("prompt") => error.with_param("input"),
         _ => error,
@@ -52,11 +52,15 @@ fn native(mut body: Fields, task: String, call: &Call) -> Result<(Request, bool)
 }
 
 /// Writes the native reply.
-struct NativeWriter {
-    id: String,
-    task: String,
-    bundle: Arc<str>,
-    created: u64,
+pub struct NativeWriter {
+    /// The reply's id.
+    pub id: String,
+    /// What was named.
+    pub task: String,
+    /// The bundle's id.
+    pub bundle: Arc<str>,
+    /// Seconds since 1970.
+    pub created: u64,
     reported: Reported,
     tokenizer: Arc<Tokenizer>,
 }
@@ -71,20 +75,28 @@ struct Answer<'a> {
     usage: Option<Tokens>,
 }
 
+/// One text, or more of it.
 #[derive(Serialize)]
-struct Piece<'a> {
-    index: usize,
-    text: &'a str,
+pub struct Piece<'a> {
+    /// Which one.
+    pub index: usize,
+    /// All of it, or what follows.
+    pub text: &'a str,
+    /// Its tokens, if they were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    logprobs: Option<Logprobs>,
-    finish_reason: Option<&'static str>,
-    words: Option<u32>,
+    pub logprobs: Option<Logprobs>,
+    /// At its end.
+    pub finish_reason: Option<&'static str>,
+    /// At its end.
+    pub words: Option<u32>,
+    /// At its end, if it was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    debug: Option<Debug<'a>>,
+    pub debug: Option<Debug<'a>>,
 }
 
 impl NativeWriter {
-    fn new(service: &Service, ticket: &Ticket, bundle: Arc<str>) -> Self {
+    /// A writer of this ticket's reply.
+    pub fn new(service: &Service, ticket: &Ticket, bundle: Arc<str>) -> Self {
         Self {
             id: format!("gen-{}", ticket.id()),
             task: ticket.model().to_owned(),
@@ -95,7 +107,8 @@ impl NativeWriter {
         }
     }
 
-    fn piece<'a>(&'a self, chunk: &'a Chunk) -> Piece<'a> {
+    /// What one chunk says.
+    pub fn piece<'a>(&'a self, chunk: &'a Chunk) -> Piece<'a> {
         let end = chunk.end.as_ref();
         Piece {
             index: chunk.index,

@@ -3,6 +3,7 @@
 mod generate;
 mod tasks;
 
+pub use generate::{NativeWriter, Piece, renamed};
 pub use tasks::task_entry;
 
 use super::http::App;

@@ -22,7 +22,7 @@ pub struct Logprobs {
 
 /// Tokens' text and log-probability, the likeliest first; a JSON object.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Top(Vec<(String, f32)>);
+pub struct Top(pub Vec<(String, f32)>);
 
 impl Serialize for Top {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -7,7 +7,7 @@ mod logprobs;
 mod models;
 mod tokenize;
 
-pub use logprobs::Logprobs;
+pub use logprobs::{Logprobs, Top};
 
 use super::http::App;
 use super::http::answer::{Progress, Tokens};

@@ -3,8 +3,10 @@
 
 mod client;
 mod decoder;
+mod rpc;
 mod server;
 
 pub use client::{Client, Reply, Stream, texts};
 pub use decoder::{AUTHORISED, COMPLETIONS, LOAD, golden_model, goldens, prompts};
+pub use rpc::{called, message};
 pub use server::{BUNDLE, CONTEXT, Server, Setup, repeater, tokenizer, tokenizer_json};

@@ -3,7 +3,7 @@
 use super::client::Client;
 use serde_json::{Value, json};
 use shoal::adapter::registry::Registry;
-use shoal::api::{Admin, App, Ended, Limits, Service, serve};
+use shoal::api::{Admin, App, Ended, Limits, Listeners, Service, serve};
 use shoal::engine::fake::FakeRunner;
 use shoal::engine::{EngineHandle, Settings, State, start};
 use shoal::ids::TaskId;
@@ -13,6 +13,7 @@ use shoal::request::Params;
 use shoal::task::{Control, ControlKind, Slo, Task, TaskTable};
 use shoal::telemetry::traces::Traces;
 use shoal::text::{Prompts, Tokenizer};
+use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -133,6 +134,7 @@ impl Default for Setup {
 /// A running server. Dropping it ends its tasks; the engine's thread ends with its last handle.
 pub struct Server {
     pub client: Client,
+    pub grpc_address: SocketAddr,
     pub engine: EngineHandle,
     pub signals: mpsc::Sender<()>,
     pub thread: Option<JoinHandle<()>>,
@@ -160,6 +162,9 @@ impl Server {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = Client(listener.local_addr().unwrap());
+        let grpc = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let grpc_address = grpc.local_addr().unwrap();
+        let listeners = Listeners { http: listener, grpc: Some(grpc) };
         let tasks = TaskTable::new(setup.tasks);
         let metrics = setup.metrics.unwrap_or_else(|| Arc::new(Metrics::new(&tasks.names())));
         let (engine, thread) = start(build, &tasks, setup.settings, metrics.clone());
@@ -169,8 +174,8 @@ impl Server {
         let app = App::new(service, setup.limits, "f32");
         let app = Arc::new(app.with_admin(setup.admin).with_traces(setup.traces));
         let (signals, stop) = mpsc::channel(2);
-        let serving = tokio::spawn(serve(listener, app, setup.shutdown_timeout, stop));
-        Self { client, engine, signals, thread: Some(thread), serving }
+        let serving = tokio::spawn(serve(listeners, app, setup.shutdown_timeout, stop));
+        Self { client, grpc_address, engine, signals, thread: Some(thread), serving }
     }
 
     /// How serving ended.

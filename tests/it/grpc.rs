@@ -1,0 +1,264 @@
+//! One table of requests over HTTP and over gRPC, whole and streamed: the answers and the refusals are
+//! the same. Beside it what gRPC alone has: health, reflection, a call's end.
+
+use crate::harness::{BUNDLE, Reply, Server, Setup, called, message, repeater};
+use serde_json::{Value, json};
+use shoal::api::Ended;
+use shoal::api::grpc::proto::{self, GenerateResponse};
+use shoal::error::TABLE;
+use tonic::{Code, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus::{NotServing, Serving};
+
+/// What a request came to, on whichever wire.
+#[derive(Debug, PartialEq)]
+enum Answer {
+    /// The choices, without log-probabilities of streams, and the usage.
+    Good(Vec<Value>, Value),
+    Bad(Refusal),
+}
+
+#[derive(Debug, PartialEq)]
+struct Refusal {
+    /// gRPC's code.
+    status: i32,
+    message: String,
+    param: Option<String>,
+    code: Option<String>,
+    again: bool,
+}
+
+type Headers<'a> = &'a [(&'static str, &'a str)];
+
+/// The answer to `body`, the same on all wires. `status` is HTTP's.
+async fn ask(
+    server: &Server,
+    task: &str,
+    headers: Headers<'_>,
+    body: &Value,
+    status: u16,
+) -> Answer {
+    let mut rpc = server.rpc().await.shoal;
+    let path = format!("/v1/tasks/{task}/generate");
+    let whole = server.client.post_with(&path, headers, body).await;
+    assert_eq!(whole.status, status, "{body}: {}", String::from_utf8_lossy(&whole.body));
+    let want = over_http(&whole);
+    let once = rpc.generate_once(called(message(task, body), headers)).await;
+    let once = once.map(|reply| reply.into_inner());
+    assert_eq!(over_grpc(once), want, "{body}");
+    let frames = match rpc.generate(called(message(task, body), headers)).await {
+        Ok(stream) => drained(stream.into_inner()).await,
+        Err(status) => Err(status),
+    };
+    let count = frames.as_ref().map_or(0, Vec::len);
+    assert_eq!(over_grpc(frames.map(joined)), want, "{body}");
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    match server.client.try_stream(&path, headers, &streamed).await {
+        Err(reply) => assert_eq!(over_http(&reply), want, "{body}"),
+        Ok(mut stream) => assert_eq!(stream.rest().await.len(), count, "{body}: frames"),
+    }
+    want
+}
+
+fn over_http(reply: &Reply) -> Answer {
+    if reply.status == 200 {
+        let json = reply.json();
+        return Answer::Good(json["choices"].as_array().unwrap().clone(), json["usage"].clone());
+    }
+    let (status, _, param, code) = reply.error();
+    let text = reply.json()["error"]["message"].as_str().unwrap().to_owned();
+    let narrow = |code: &Option<String>| TABLE.iter().find(|r| r.code == code.as_deref());
+    let row = narrow(&code).filter(|row| row.http == status && code.is_some());
+    let row = row.or_else(|| TABLE.iter().find(|row| row.http == status)).unwrap();
+    // Metadata are ASCII.
+    let param = param.map(|param| param.escape_default().to_string());
+    let again = !reply.header("retry-after").is_empty();
+    Answer::Bad(Refusal { status: row.grpc, message: text, param, code, again })
+}
+
+fn over_grpc(reply: Result<GenerateResponse, Status>) -> Answer {
+    let reply = match reply {
+        Ok(reply) => reply,
+        Err(status) => {
+            let said = |name| status.metadata().get(name).map(|v| v.to_str().unwrap().to_owned());
+            return Answer::Bad(Refusal {
+                status: status.code() as i32,
+                message: status.message().into(),
+                param: said("shoal-param"),
+                code: said("shoal-code"),
+                again: said("retry-after").is_some(),
+            });
+        }
+    };
+    let usage = reply.usage.unwrap();
+    let usage = json!({"prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens, "total_tokens": usage.total_tokens});
+    Answer::Good(reply.choices.into_iter().map(choice).collect(), usage)
+}
+
+/// A choice as the native route has it.
+fn choice(choice: proto::Choice) -> Value {
+    let mut json = json!({"index": choice.index, "text": choice.text});
+    if !choice.logprobs.is_empty() {
+        let of = |f: &dyn Fn(&proto::TokenLogprob) -> Value| -> Vec<Value> {
+            choice.logprobs.iter().map(f).collect()
+        };
+        json["logprobs"] = json!({
+            "tokens": of(&|t| json!(t.token)),
+            "token_logprobs": of(&|t| t.logprob.map_or(Value::Null, number)),
+            "top_logprobs": of(&|t| match t.logprob {
+                Some(_) => t.top_logprobs.iter().map(|t| (t.token.clone(), number(t.logprob))).collect(),
+                None => Value::Null,
+            }),
+            "text_offset": of(&|t| json!(t.text_offset)),
+        });
+    }
+    json["finish_reason"] = json!(choice.finish_reason);
+    json["words"] = json!(choice.words);
+    json
+}
+
+/// A float as JSON that was read has it.
+fn number(float: f32) -> Value {
+    serde_json::from_str(&serde_json::to_string(&float).unwrap()).unwrap()
+}
+
+async fn drained(
+    mut stream: tonic::Streaming<GenerateResponse>,
+) -> Result<Vec<GenerateResponse>, Status> {
+    let mut all = Vec::new();
+    while let Some(message) = stream.message().await? {
+        all.push(message);
+    }
+    Ok(all)
+}
+
+/// A stream's messages as one.
+fn joined(messages: Vec<GenerateResponse>) -> GenerateResponse {
+    let mut whole = GenerateResponse::default();
+    for message in messages {
+        assert!(whole.usage.is_none(), "usage is in the last message alone");
+        let [more] = <[_; 1]>::try_from(message.choices).unwrap();
+        let index = more.index as usize;
+        let room = whole.choices.len().max(index + 1);
+        whole.choices.resize(room, proto::Choice::default());
+        let choice = &mut whole.choices[index];
+        assert!(choice.finish_reason.is_none(), "nothing follows the finish reason");
+        choice.text.push_str(&more.text);
+        choice.logprobs.extend(more.logprobs);
+        *choice = proto::Choice {
+            text: std::mem::take(&mut choice.text),
+            logprobs: std::mem::take(&mut choice.logprobs),
+            ..more
+        };
+        whole.usage = message.usage;
+    }
+    whole
+}
+
+#[tokio::test]
+async fn good_requests_have_the_same_answer_on_all_wires() {
+    let server = Server::usual().await;
+    for body in [
+        json!({"input": "a red  fox\u{2003}runs"}),
+        json!({"input": "a fox", "seed": 7, "temperature": 0.7, "top_p": 0.9, "top_k": 40}),
+        json!({"input": "a fox", "n": 3, "seed": -1}),
+        json!({"input": "ünïcödé 🦊 fox", "controls": {"words": 20}}),
+        json!({"input": "a fox", "controls": {"words": 20}, "echo": true}),
+        json!({"input": "a fox", "logprobs": 2}),
+        json!({"input": "a fox", "logprobs": 1, "echo": true, "max_tokens": 0}),
+        json!({"input": "~ab", "max_tokens": 9}),
+        json!({"input": "one two three", "stop": ["two"]}),
+        json!({"input": "a fox", "min_tokens": 2, "min_p": 0.1, "repetition_penalty": 1.5}),
+        json!({"input": "a fox", "presence_penalty": 0.5, "frequency_penalty": -0.5}),
+        json!({"input": "a fox", "logit_bias": {"3": 1.5}, "max_tokens": 8, "ignore_eos": true}),
+        json!({"input": "a fox", "timeout_ms": 60_000.5, "adapters": []}),
+        json!({"input": "", "max_tokens": 3}),
+    ] {
+        let Answer::Good(choices, usage) = ask(&server, "image", &[], &body, 200).await else {
+            panic!("{body}")
+        };
+        assert_eq!(choices.len() as u64, body["n"].as_u64().unwrap_or(1));
+        assert!(usage["total_tokens"].as_u64().unwrap() > 0);
+    }
+    let raw = json!({"input": "raw|", "max_tokens": 20});
+    ask(&server, BUNDLE, &[], &raw, 200).await;
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused_alike_on_all_wires() {
+    let server = Server::usual().await;
+    let long = "fox ".repeat(300);
+    for (task, body, status, param) in [
+        ("image", json!({}), 400, Some("input")),
+        ("image", json!({"input": "x", "controls": {"words": 1}}), 400, Some("controls.words")),
+        ("image", json!({"input": "x", "controls": {"words": 4.5}}), 400, Some("controls.words")),
+        ("image", json!({"input": "x", "controls": {"words": "4"}}), 400, Some("controls.words")),
+        ("image", json!({"input": "x", "controls": {"words": [4]}}), 400, Some("controls.words")),
+        ("image", json!({"input": "x", "controls": {"wörds": 4}}), 400, Some("controls.wörds")),
+        ("image", json!({"input": "x", "temperature": 3}), 400, Some("temperature")),
+        ("image", json!({"input": "x", "top_p": 0}), 400, Some("top_p")),
+        ("image", json!({"input": "x", "n": 17}), 400, Some("n")),
+        ("image", json!({"input": "x", "max_tokens": 0}), 400, Some("max_tokens")),
+        ("image", json!({"input": "x", "stop": [""]}), 400, Some("stop")),
+        ("image", json!({"input": "x", "logit_bias": {"9999": 1}}), 400, Some("logit_bias")),
+        ("image", json!({"input": "x", "timeout_ms": 0}), 400, Some("timeout_ms")),
+        (
+            "image",
+            json!({"input": "x", "adapters": [{"name": "a", "weight": 1}]}),
+            400,
+            Some("adapters"),
+        ),
+        ("image", json!({"input": long}), 400, Some("input")),
+        ("image", json!({"input": "x", "max_tokens": 1000}), 400, Some("max_tokens")),
+        ("nothing", json!({"input": "x"}), 404, Some("model")),
+    ] {
+        let Answer::Bad(refusal) = ask(&server, task, &[], &body, status).await else {
+            panic!("{body}")
+        };
+        let param = param.map(|param| param.escape_default().to_string());
+        assert_eq!(refusal.param, param);
+    }
+    for (headers, status) in [
+        ([("x-request-timeout-ms", "0.001")], 504),
+        ([("x-llm-d-slo-ttft-ms", "0.001")], 504),
+        ([("x-request-timeout-ms", "soon")], 400),
+    ] {
+        ask(&server, "image", &headers, &json!({"input": "x"}), status).await;
+    }
+}
+
+#[tokio::test]
+async fn health_follows_the_engine() {
+    let (finish, wait) = std::sync::mpsc::channel::<()>();
+    let server = Server::loading(Setup::default(), move || {
+        wait.recv()?;
+        Ok(repeater())
+    })
+    .await;
+    let mut health = server.rpc().await.health;
+    let asked = |service: &str| HealthCheckRequest { service: service.into() };
+    let mut watched = Vec::new();
+    for service in ["", "shoal.v1.Shoal"] {
+        let mut changes = health.watch(asked(service)).await.unwrap().into_inner();
+        assert_eq!(changes.message().await.unwrap().unwrap().status(), NotServing);
+        let now = health.check(asked(service)).await.unwrap().into_inner();
+        assert_eq!(now.status(), NotServing, "{service}");
+        watched.push(changes);
+    }
+    let unknown = health.check(asked("shoal.v1.None")).await.unwrap_err();
+    assert_eq!(unknown.code(), Code::NotFound);
+    assert_eq!(health.watch(asked("none")).await.unwrap_err().code(), Code::NotFound);
+    finish.send(()).unwrap();
+    for changes in &mut watched {
+        assert_eq!(changes.message().await.unwrap().unwrap().status(), Serving);
+    }
+    assert_eq!(health.check(asked("")).await.unwrap().into_inner().status(), Serving);
+    server.signals.send(()).await.unwrap();
+    for changes in &mut watched {
+        assert_eq!(changes.message().await.unwrap().unwrap().status(), NotServing);
+        assert_eq!(changes.message().await.unwrap(), None, "a watch does not hold up the end");
+    }
+    assert_eq!(server.ended().await, Ended::Drained);
+}
