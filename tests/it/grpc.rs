@@ -1,14 +1,13 @@
 //! One table of requests over HTTP and over gRPC, whole and streamed: the answers and the refusals are
-//! the same. Beside it what gRPC alone has: health, reflection, a call's end.
+//! the same.
 
 use crate::harness::{BUNDLE, Reply, Server, Setup, called, message, repeater};
-use serde_json::{Value, json};
-use shoal::api::Ended;
+use prost_types::value::Kind;
+use serde_json::{Map, Value, json};
 use shoal::api::grpc::proto::{self, GenerateResponse};
 use shoal::error::TABLE;
+use shoal::task::{Control, ControlKind};
 use tonic::{Code, Status};
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_check_response::ServingStatus::{NotServing, Serving};
 
 /// What a request came to, on whichever wire.
 #[derive(Debug, PartialEq)]
@@ -229,36 +228,109 @@ async fn bad_requests_are_refused_alike_on_all_wires() {
     }
 }
 
+/// A request that goes on until it is full.
+fn endless() -> Value {
+    json!({"input": "~ab", "max_tokens": 100})
+}
+
 #[tokio::test]
-async fn health_follows_the_engine() {
+async fn an_overloaded_server_refuses_alike_on_all_wires() {
+    let (runner, gate) = repeater().gated();
+    let mut setup = Setup::default();
+    setup.settings.max_running = 1;
+    setup.tasks[0].slo.max_waiting = 1;
+    let server = Server::with(setup, runner).await;
+    let mut rpc = server.rpc().await.shoal;
+    let first = rpc.generate(message("image", &endless())).await.unwrap();
+    gate.pass(1);
+    let mut first = first.into_inner();
+    first.message().await.unwrap();
+    let waiting = rpc.generate(message("image", &endless())).await.unwrap();
+    let refused = ask(&server, "image", &[], &endless(), 429).await;
+    let Answer::Bad(refusal) = refused else { panic!("{refused:?}") };
+    assert!(refusal.again, "{refusal:?}");
+    drop(gate);
+    assert_eq!(drained(first).await.unwrap().len(), 99);
+    assert_eq!(drained(waiting.into_inner()).await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn a_server_that_loads_refuses_alike_on_all_wires() {
     let (finish, wait) = std::sync::mpsc::channel::<()>();
     let server = Server::loading(Setup::default(), move || {
         wait.recv()?;
         Ok(repeater())
     })
     .await;
-    let mut health = server.rpc().await.health;
-    let asked = |service: &str| HealthCheckRequest { service: service.into() };
-    let mut watched = Vec::new();
-    for service in ["", "shoal.v1.Shoal"] {
-        let mut changes = health.watch(asked(service)).await.unwrap().into_inner();
-        assert_eq!(changes.message().await.unwrap().unwrap().status(), NotServing);
-        let now = health.check(asked(service)).await.unwrap().into_inner();
-        assert_eq!(now.status(), NotServing, "{service}");
-        watched.push(changes);
-    }
-    let unknown = health.check(asked("shoal.v1.None")).await.unwrap_err();
-    assert_eq!(unknown.code(), Code::NotFound);
-    assert_eq!(health.watch(asked("none")).await.unwrap_err().code(), Code::NotFound);
-    finish.send(()).unwrap();
-    for changes in &mut watched {
-        assert_eq!(changes.message().await.unwrap().unwrap().status(), Serving);
-    }
-    assert_eq!(health.check(asked("")).await.unwrap().into_inner().status(), Serving);
-    server.signals.send(()).await.unwrap();
-    for changes in &mut watched {
-        assert_eq!(changes.message().await.unwrap().unwrap().status(), NotServing);
-        assert_eq!(changes.message().await.unwrap(), None, "a watch does not hold up the end");
-    }
-    assert_eq!(server.ended().await, Ended::Drained);
+    let refused = ask(&server, "image", &[], &endless(), 503).await;
+    let Answer::Bad(refusal) = refused else { panic!("{refused:?}") };
+    assert!(refusal.again, "{refusal:?}");
+    drop(finish);
+}
+
+#[tokio::test]
+async fn a_deadline_ends_requests_alike_on_all_wires() {
+    let (runner, _gate) = repeater().gated();
+    let server = Server::with(Setup::default(), runner).await;
+    let body = json!({"input": "a fox", "timeout_ms": 20});
+    let path = "/v1/tasks/image/generate";
+    let late = over_http(&server.client.post(path, &body).await);
+    let mut rpc = server.rpc().await.shoal;
+    let once = rpc.generate_once(message("image", &body)).await.unwrap_err();
+    assert_eq!(once.code(), Code::DeadlineExceeded);
+    assert_eq!(over_grpc(Err(once)), late);
+    let stream = rpc.generate(message("image", &body)).await.unwrap().into_inner();
+    assert_eq!(over_grpc(drained(stream).await.map(joined)), late);
+}
+
+#[tokio::test]
+async fn a_failing_step_is_told_alike_on_all_wires() {
+    let server = Server::with(Setup::default(), repeater().failing_at([0, 2, 4])).await;
+    let body = json!({"input": "a fox", "max_tokens": 1});
+    let failed = over_http(&server.client.post("/v1/tasks/image/generate", &body).await);
+    let good = || server.client.post("/v1/tasks/image/generate", &body);
+    assert_eq!(good().await.status, 200, "the next step goes well");
+    let mut rpc = server.rpc().await.shoal;
+    let once = rpc.generate_once(message("image", &body)).await;
+    assert_eq!(over_grpc(once.map(|reply| reply.into_inner())), failed);
+    assert_eq!(good().await.status, 200);
+    let stream = rpc.generate(message("image", &body)).await.unwrap().into_inner();
+    assert_eq!(over_grpc(drained(stream).await.map(joined)), failed);
+}
+
+#[tokio::test]
+async fn tasks_are_listed_alike_on_all_wires() {
+    let mut setup = Setup::default();
+    let genre = Control {
+        kind: ControlKind::Enum(vec!["20".into(), "none".into()]),
+        token: "<|words:{}|>".into(),
+        default: Some("none".into()),
+    };
+    setup.tasks[1].controls.insert("genre".into(), genre);
+    setup.tasks[2].controls.get_mut("words").unwrap().default = Some("20".into());
+    let server = Server::with(setup, repeater()).await;
+    let json = server.client.get("/v1/tasks").await.json();
+    let tasks = server.rpc().await.shoal.list_tasks(proto::ListTasksRequest {}).await.unwrap();
+    let control = |control: &proto::Control| {
+        let default = control.default.as_ref().and_then(|value| value.kind.as_ref());
+        let default = default.map(|kind| match kind {
+            Kind::NumberValue(number) => json!(*number as i64),
+            Kind::StringValue(text) => json!(text),
+            other => panic!("{other:?}"),
+        });
+        let kind = &control.r#type;
+        match kind.as_str() {
+            "integer" => json!({"type": kind, "minimum": control.minimum,
+                "maximum": control.maximum, "default": default}),
+            _ => json!({"type": kind, "enum": control.r#enum, "default": default}),
+        }
+    };
+    let entry = |task: &proto::Task| {
+        let controls: Map<String, Value> =
+            task.controls.iter().map(|(name, c)| (name.clone(), control(c))).collect();
+        json!({"id": task.id, "description": task.description, "adapter": task.adapter,
+            "controls": controls})
+    };
+    let data: Vec<Value> = tasks.into_inner().data.iter().map(entry).collect();
+    assert_eq!(json["data"], json!(data));
 }

@@ -233,8 +233,10 @@ fn faults(file: &str, source: &str) -> Vec<String> {
     if !rules.candle && names(&code, "candle", false) {
         faults.push(format!("{file}: candle in {room}"));
     }
-    if room != "api" && names(&code, "axum", false) {
-        faults.push(format!("{file}: axum outside api"));
+    for shell in ["axum", "tonic"] {
+        if room != "api" && names(&code, shell, false) {
+            faults.push(format!("{file}: {shell} outside api"));
+        }
     }
     let depth = file.split('/').count() - usize::from(file.ends_with("mod.rs"));
     for path in crate_paths(&code, depth) {
@@ -299,6 +301,7 @@ fn planted_violations_are_caught() {
         ("api/http.rs", "use candle_core::Tensor;", "candle in api"),
         ("engine/core.rs", "use crate::model::runner::CandleRunner;", "may not name"),
         ("engine/core.rs", "use axum::Router;", "axum outside api"),
+        ("text/mod.rs", "use tonic_health::pb;", "tonic outside api"),
         ("engine/core.rs", "use super::super::text::Encoder;", "may not name"),
         ("ids.rs", "use crate::{error::Error, engine::Job};", "may not name crate::engine::Job"),
         ("ids.rs", "use super::engine::Job;", "may not name"),

@@ -5,6 +5,8 @@
 
 /// Adapters in one batch, swapped while they serve, and who may do that.
 mod adapters;
+/// What gRPC alone has: a call's deadline and end, limits of HTTP/2, health, reflection.
+mod calls;
 /// The program as a user runs it: arguments, output, exit codes, signals.
 mod chat;
 mod cli;

@@ -31,7 +31,7 @@ use tonic_reflection::server::Builder;
 use tower_http::catch_panic::CatchPanicLayer;
 
 /// The messages, client and server of `shoal.v1`, as the file describes them.
-#[allow(missing_docs, unused_qualifications)]
+#[allow(missing_docs, unused_qualifications, clippy::too_many_lines)]
 pub mod proto {
     tonic::include_proto!("shoal.v1");
 }

@@ -11,6 +11,7 @@ use tonic_health::pb::health_client::HealthClient;
 /// One connection to the gRPC port.
 #[derive(Clone)]
 pub struct Rpc {
+    pub channel: Channel,
     pub shoal: ShoalClient<Channel>,
     pub health: HealthClient<Channel>,
 }
@@ -21,7 +22,7 @@ impl Server {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.grpc_address)).unwrap();
         let channel = endpoint.connect().await.unwrap();
         let shoal = ShoalClient::new(channel.clone());
-        Rpc { health: HealthClient::new(channel), shoal }
+        Rpc { health: HealthClient::new(channel.clone()), shoal, channel }
     }
 }
 
