@@ -111,6 +111,9 @@ pub struct Params {
     pub echo: Option<bool>,
     /// How many texts; 1..=16.
     pub n: Option<u32>,
+    /// Keep only this many of a raw prompt's tokens, the last ones; 1 or more.
+    #[serde(skip)]
+    pub truncate: Option<u32>,
 }
 
 /// The most texts that one request may ask for.
@@ -154,6 +157,7 @@ impl Params {
         in_range("frequency_penalty", self.frequency_penalty, |v| v.abs() <= 2.0, "-2 to 2")?;
         in_range("logprobs", self.logprobs, |v| v <= MAX_LOGPROBS, "0 to 20")?;
         in_range("n", self.n, |v| (1..=MAX_N).contains(&v), "1 to 16")?;
+        in_range("truncate", self.truncate, |v| v > 0, "1 or more")?;
         self.check_lists()?;
         if let (Some(min), Some(max)) = (self.min_tokens, self.max_tokens)
             && min > max
@@ -213,6 +217,7 @@ impl Params {
             ignore_eos: self.ignore_eos.or(d.ignore_eos),
             echo: self.echo.or(d.echo),
             n: self.n.or(d.n),
+            truncate: self.truncate.or(d.truncate),
         }
     }
 

@@ -82,7 +82,9 @@ impl Encoder {
         if request.inputs.iter().map(size).sum::<usize>() <= LONG_INPUT {
             return self.shared.encode(&subject, request, capacity);
         }
-        self.shared.check_sizes(request, capacity)?;
+        if request.params.truncate.is_none() {
+            self.shared.check_sizes(request, capacity)?;
+        }
         let permit = self.long_inputs.clone().acquire_owned().await;
         let (shared, request) = (self.shared.clone(), request.clone());
         let encode = move || {
@@ -142,6 +144,12 @@ impl Shared {
                 Input::Text(text) => prompts.encode(task, text, &request.controls)?,
                 Input::Chat(messages) => prompts.chat(task, messages, &request.controls)?,
             };
+            if let Some(most) = request.params.truncate
+                && prompt.tokens.len() > most as usize
+            {
+                prompt.tokens.drain(..prompt.tokens.len() - most as usize);
+                prompt.text = self.tokenizer.decode(&prompt.tokens);
+            }
             if prompt.tokens.is_empty() {
                 let empty = || Error::invalid("prompt", "the prompt is empty");
                 prompt.tokens.push(*self.ends.first().ok_or_else(empty)?);

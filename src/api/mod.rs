@@ -1,12 +1,12 @@
 //! The shell: sockets in, text out.
 //!
-//! A wire is one folder: [`openai`], [`native`], [`grpc`]. It parses its own words into a
+//! A wire is one folder: [`openai`], [`native`], [`tgi`], [`grpc`]. It parses its own words into a
 //! [`crate::request::Request`]; [`service::Service`] checks it and hands it to the engine; the
 //! [`ticket::Ticket`] that comes back is the request's life: the wire writes what it says, and dropping it
 //! cancels. [`http`] holds what all wires over HTTP share, [`mod@serve`] listens and drains.
 //!
 //! Must not know tensors, schedulers or how text is tokenised. Invariants: whatever can be refused is
-//! refused before the 200; every error has one shape; every request is counted once.
+//! refused before the 200; every error has one shape on a wire; every request is counted once.
 
 mod admin;
 pub mod catalog;
@@ -18,6 +18,7 @@ mod openai;
 pub mod serve;
 pub mod service;
 mod socket;
+mod tgi;
 pub mod ticket;
 
 pub use admin::Admin;

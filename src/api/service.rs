@@ -104,6 +104,11 @@ impl Service {
         self.encoder.tokenizer()
     }
 
+    /// The token that ends a text; the first, if there are several.
+    pub fn end_of_text(&self) -> Option<u32> {
+        self.encoder.ends().first().copied()
+    }
+
     /// Counts a request that was refused before it could be understood.
     pub fn count_refused(&self, record: &Arc<Record>, error: &Error) {
         RequestMeter::new(self.metrics.clone(), record.clone()).end(error.kind.row().outcome);
@@ -133,10 +138,12 @@ impl Service {
         self.check_ids(&params, &capacity)?;
         let n = params.n.unwrap_or(1) as usize;
         self.check_choices(n, request.inputs.len(), task)?;
+        check_truncate(&params, &target)?;
+        let seed = params.seed.map_or_else(|| random() >> 1, |seed| seed as u64);
         let prompts = in_time(&request, self.encode(&target, &request, capacity)).await?;
         let guide = in_time(&request, self.encoder.guide(&request)).await?;
         let (mut jobs, echoes): (Vec<Job>, Vec<_>) =
-            self.jobs(&target, &request, &params, prompts, &capacity)?.into_iter().unzip();
+            self.jobs(&target, &request, (&params, seed), prompts, &capacity)?.into_iter().unzip();
         jobs.iter_mut().for_each(|job| job.guide = guide.clone());
         let prompt_tokens = jobs.iter().step_by(n).map(|job| job.tokens.len() as u32).sum();
         let most: Vec<u32> = jobs.iter().map(|job| job.max_new).collect();
@@ -152,6 +159,7 @@ impl Service {
             logprobs: params.logprobs.is_some(),
             debug: request.debug.then(|| target.adapters.map_or_else(Vec::new, |a| a.parts)),
             prompt_tokens,
+            seed,
             deadline: request.deadline,
             first_token_deadline: request.first_token_deadline,
             in_flight: InFlight::new(&self.in_flight),
@@ -197,13 +205,12 @@ impl Service {
         &self,
         target: &Target,
         request: &Request,
-        params: &Params,
+        (params, seed): (&Params, u64),
         prompts: Vec<Prompt>,
         capacity: &Capacity,
     ) -> Result<Vec<(Job, Option<Arc<Echo>>)>> {
         let task = &target.task;
         let sampling = Arc::new(params.sampling());
-        let seed = params.seed.map_or_else(random, |seed| seed as u64);
         let endless = params.ignore_eos.unwrap_or(false);
         let stop_ids: Arc<[u32]> = if endless { [].into() } else { self.encoder.ends().into() };
         let echoes = params.echo.unwrap_or(false);
@@ -261,6 +268,15 @@ async fn in_time<T>(request: &Request, work: impl Future<Output = Result<T>>) ->
     }
     let done = tokio::time::timeout_at(limit.into(), work).await.map_err(|_| late())??;
     if now() < limit { Ok(done) } else { Err(late()) }
+}
+
+/// Refuses to cut what a template has put around a text.
+fn check_truncate(params: &Params, target: &Target) -> Result<()> {
+    if params.truncate.is_none() || target.raw {
+        return Ok(());
+    }
+    let message = format!("truncate is for raw text; {} is a task", target.task.name);
+    Err(Error::invalid("truncate", message))
 }
 
 /// What was asked for, over the task's defaults. A default of `min_tokens` gives way to a `max_tokens`

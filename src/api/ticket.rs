@@ -107,6 +107,8 @@ pub struct Terms {
     pub debug: Option<Vec<(String, u64, f32)>>,
     /// Tokens of all prompts.
     pub prompt_tokens: u32,
+    /// What its random choices follow from, given or made.
+    pub seed: u64,
     /// The whole answer must be out by then.
     pub deadline: Option<Instant>,
     /// Some token must be out by then.
@@ -191,6 +193,11 @@ impl Ticket {
     /// Name, generation and weight of each adapter, where that is to be reported.
     pub fn debug(&self) -> Option<&[(String, u64, f32)]> {
         self.terms.debug.as_deref()
+    }
+
+    /// What its random choices follow from, given or made.
+    pub fn seed(&self) -> u64 {
+        self.terms.seed
     }
 
     /// Tokens so far.

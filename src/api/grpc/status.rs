@@ -1,7 +1,7 @@
 //! Errors as gRPC has them: the code of the error table, the message, and what else a client is told as
 //! metadata.
 
-use crate::api::http::respond::{start_of, tell};
+use crate::api::http::respond::{log, start_of, tell};
 use crate::error::Error;
 use axum::response::Response;
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -19,6 +19,7 @@ const MESSAGE: usize = 500;
 
 /// An error as the end of a call.
 pub fn status(error: &Error) -> Status {
+    log(error);
     let told = tell(error);
     let mut metadata = MetadataMap::new();
     let param = told.param.map(|param| param.escape_default().to_string());

@@ -1,7 +1,7 @@
 //! Answers over HTTP, whole or as server-sent events: frames, keep-alive comments, errors in the stream,
 //! and its end. What is in them is each wire's own: a [`Writer`].
 
-use super::respond::{error_body, json};
+use super::respond::{error_body, json, log};
 use super::{App, Limits};
 use crate::api::ticket::{Chunk, Reply, Ticket};
 use crate::error::{Error, Result};
@@ -91,6 +91,7 @@ fn frames(ticket: Ticket, writer: impl Writer) -> impl Stream<Item = Result<Even
                     false
                 }
                 Some(Err(error)) => {
+                    log(&error);
                     ready.push_back(writer.error(&error));
                     true
                 }

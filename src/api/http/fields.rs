@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 /// The fields of an object that have not been taken yet.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Fields {
     left: Map<String, Value>,
     /// What stands before a field's name in messages, such as `stream_options.`.

@@ -24,6 +24,21 @@ pub async fn info(State(app): State<Arc<App>>) -> Response {
         app.service.catalog().adapter_list().into_iter().map(|info| info.name).collect();
     reply(&value!({
         "model": app.bundle.as_ref(),
+        // These are what text-generation-inference calls them.
+        "model_id": app.bundle.as_ref(),
+        "model_sha": Value::Null,
+        "model_dtype": app.dtype,
+        "model_device_type": "cpu",
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": engine.max_waiting(),
+        "max_best_of": 1,
+        "max_stop_sequences": crate::request::MAX_STOP,
+        "max_input_tokens": capacity.map(|c| c.context.saturating_sub(1)),
+        "max_total_tokens": capacity.map(|c| c.context),
+        "auto_truncate": false,
+        "router": "shoal",
+        "sha": Value::Null,
+        "docker_label": Value::Null,
         "version": env!("CARGO_PKG_VERSION"),
         "state": state,
         "dtype": app.dtype,

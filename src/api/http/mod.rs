@@ -13,7 +13,7 @@ pub mod observe;
 pub mod params;
 pub mod respond;
 
-use super::{Admin, Service, admin, native, openai};
+use super::{Admin, Service, admin, native, openai, tgi};
 use crate::error::{Error, Kind, Result};
 use crate::telemetry::traces::Traces;
 use axum::body::Body;
@@ -25,6 +25,7 @@ use axum::routing::get;
 use axum::{Router, middleware};
 use call::{Call, Head, json_fields, read_body};
 use fields::Fields;
+use respond::{Wording, reword};
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
@@ -114,6 +115,9 @@ impl App {
         Router::new()
             .merge(openai::routes())
             .merge(native::routes())
+            .merge(tgi::routes())
+            // Where KServe's clients look for it.
+            .nest("/openai", openai::routes())
             .merge(admin::routes())
             .route("/info", get(info::info))
             .route("/livez", get(health::live))
@@ -124,6 +128,7 @@ impl App {
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed)
             .layer(CatchPanicLayer::custom(panicked))
+            .layer(middleware::from_fn_with_state(wording as fn(&str) -> _, reword))
             .layer(middleware::from_fn_with_state(self.traces.clone(), observe::observe))
             .with_state(self)
     }
@@ -133,6 +138,7 @@ impl App {
         Router::new()
             .route("/livez", get(health::live))
             .fallback(full)
+            .layer(middleware::from_fn_with_state(wording as fn(&str) -> _, reword))
             .layer(middleware::from_fn_with_state(self.traces.clone(), observe::observe))
             .with_state(self)
     }
@@ -153,6 +159,11 @@ impl App {
         };
         read.await.inspect_err(|error| self.service.count_refused(&head.record, error))
     }
+}
+
+/// How errors are worded on a path, where that is not OpenAI's way.
+fn wording(path: &str) -> Option<Wording> {
+    tgi::has(path).then_some(tgi::refusal)
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {

@@ -1,11 +1,18 @@
-//! Errors and JSON values as HTTP responses. Every error of this server has OpenAI's body.
+//! Errors and JSON values as HTTP responses. Every error of this server has OpenAI's body, except on the
+//! routes of wires that have words of their own: [`reword`] puts those in their place, whoever refused.
 
 use crate::error::{Error, Kind};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json as value};
+use std::sync::Arc;
 use std::time::Duration;
+
+/// How a wire words an error: its status and its body.
+pub type Wording = fn(&Error) -> (StatusCode, Value);
 
 /// What a client is told of an error, on every wire.
 pub struct Told<'a> {
@@ -19,11 +26,8 @@ pub struct Told<'a> {
     pub retry_after: Option<u64>,
 }
 
-/// What a client is told of `error`. The cause of an internal error is logged here and not told.
+/// What a client is told of `error`.
 pub fn tell(error: &Error) -> Told<'_> {
-    if error.kind == Kind::Internal {
-        tracing::error!(%error, "internal error");
-    }
     let again = error.kind.row().retry.then_some(Duration::from_secs(1));
     let seconds = |after: Duration| after.as_secs_f64().ceil().max(1.0) as u64;
     Told {
@@ -36,17 +40,24 @@ pub fn tell(error: &Error) -> Told<'_> {
 
 /// OpenAI's `{"error": {...}}`.
 pub fn error_body(error: &Error) -> Vec<u8> {
-    body(error, &tell(error))
+    let Told { message, param, code, .. } = tell(error);
+    let kind = error.kind.row().openai_type;
+    let body = value!({
+        "error": {"message": message, "type": kind, "param": param, "code": code},
+    });
+    body.to_string().into_bytes()
 }
 
-fn body(error: &Error, told: &Told) -> Vec<u8> {
-    let body = value!({"error": {
-        "message": told.message,
-        "type": error.kind.row().openai_type,
-        "param": told.param,
-        "code": told.code,
-    }});
-    body.to_string().into_bytes()
+/// Logs the cause of an internal error, which is not sent.
+pub fn log(error: &Error) {
+    if error.kind == Kind::Internal {
+        tracing::error!(%error, "internal error");
+    }
+}
+
+/// The status of an error in the table.
+pub fn status(error: &Error) -> StatusCode {
+    StatusCode::from_u16(error.kind.row().http).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }
 
 /// At most `characters` of a text that may hold what the client sent.
@@ -71,15 +82,30 @@ pub fn reply(body: &Value) -> Response {
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
-        let status =
-            StatusCode::from_u16(self.kind.row().http).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let told = tell(&self);
-        let mut response = json(status, body(&self, &told));
-        if let Some(seconds) = told.retry_after {
+        log(&self);
+        let mut response = json(status(&self), error_body(&self));
+        if let Some(seconds) = tell(&self).retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        response.extensions_mut().insert(Arc::new(self));
         response
     }
+}
+
+/// The middleware that puts an error into the words of the wire whose route it is on.
+pub async fn reword(
+    State(wording): State<fn(&str) -> Option<Wording>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let wording = wording(request.uri().path());
+    let mut response = next.run(request).await;
+    if let (Some(wording), Some(error)) = (wording, response.extensions().get::<Arc<Error>>()) {
+        let (status, body) = wording(error);
+        *response.status_mut() = status;
+        *response.body_mut() = body.to_string().into();
+    }
+    response
 }
 
 #[cfg(test)]
