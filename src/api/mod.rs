@@ -1,6 +1,6 @@
 //! The shell: sockets in, text out.
 //!
-//! A wire is one folder: [`openai`], [`native`], [`tgi`], [`grpc`]. It parses its own words into a
+//! A wire is one folder: [`openai`], [`native`], [`tgi`], [`oip`], [`grpc`]. It parses its own words into a
 //! [`crate::request::Request`]; [`service::Service`] checks it and hands it to the engine; the
 //! [`ticket::Ticket`] that comes back is the request's life: the wire writes what it says, and dropping it
 //! cancels. [`http`] holds what all wires over HTTP share, [`mod@serve`] listens and drains.
@@ -14,6 +14,7 @@ mod encode;
 pub mod grpc;
 pub mod http;
 mod native;
+mod oip;
 mod openai;
 pub mod serve;
 pub mod service;

@@ -32,6 +32,8 @@ mod lifecycle;
 mod metrics;
 /// The native wire, which knows tasks.
 mod native;
+/// KServe's Open Inference Protocol.
+mod oip;
 /// Text-generation-inference's wire.
 mod tgi;
 /// From examples to an endpoint.

@@ -115,6 +115,16 @@ pub async fn read_body(body: Body, limits: &Limits) -> Result<Vec<u8>> {
     })?
 }
 
+/// Refuses a body that is compressed.
+pub fn check_encoding(headers: &HeaderMap) -> Result<()> {
+    match headers.get(header::CONTENT_ENCODING) {
+        Some(encoding) if encoding != "identity" => {
+            Err(Error::new(Kind::MediaType, "the body must not be compressed"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The fields of a body that says of itself that it is JSON.
 pub fn json_fields(headers: &HeaderMap, body: &[u8]) -> Result<Fields> {
     let media = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");

@@ -14,6 +14,11 @@ pub struct Fields {
 }
 
 impl Fields {
+    /// These fields; `prefix` stands before their names in messages.
+    pub fn of(left: Map<String, Value>, prefix: &'static str) -> Self {
+        Self { left, prefix }
+    }
+
     /// Reads a body.
     pub fn parse(body: &[u8]) -> Result<Self> {
         let value: Value = serde_json::from_slice(body)
@@ -49,22 +54,47 @@ impl Fields {
         missing(&format!("{}{name}", self.prefix))
     }
 
+    /// Adds a field that was said in another way, unless it is there.
+    pub fn put(&mut self, name: &str, value: Value) -> Result<()> {
+        match self.left.insert(name.to_owned(), value) {
+            None => Ok(()),
+            Some(_) => Err(twice(&format!("{}{name}", self.prefix))),
+        }
+    }
+
+    /// Refuses the field `name`, which other wires have.
+    pub fn refuse(&self, name: &str) -> Result<()> {
+        match self.left.contains_key(name) {
+            true => Err(self.unknown(name)),
+            false => Ok(()),
+        }
+    }
+
     /// Refuses what is left.
     pub fn finish(self) -> Result<()> {
-        match self.left.keys().next() {
-            None => Ok(()),
-            Some(name) => {
-                let name = format!("{}{name}", self.prefix);
-                let message = format!("unknown field {name}");
-                Err(Error::invalid(name, message).with_code("unknown_field"))
-            }
-        }
+        self.left.keys().next().map_or(Ok(()), |name| Err(self.unknown(name)))
+    }
+
+    /// What is left.
+    pub fn rest(self) -> Map<String, Value> {
+        self.left
+    }
+
+    fn unknown(&self, name: &str) -> Error {
+        let name = format!("{}{name}", self.prefix);
+        let message = format!("unknown field {name}");
+        Error::invalid(name, message).with_code("unknown_field")
     }
 }
 
 /// The complaint about a field that must be there.
 pub fn missing(name: &str) -> Error {
     Error::invalid(name, format!("missing field {name}")).with_code("missing_field")
+}
+
+/// The complaint about what was said in two ways.
+pub fn twice(name: &str) -> Error {
+    Error::invalid(name, format!("{name} is given twice"))
 }
 
 #[cfg(test)]

@@ -18,12 +18,16 @@ const STUCK: Duration = Duration::from_secs(120);
 
 /// `/livez`: not in need of a restart.
 pub async fn live(State(app): State<Arc<App>>) -> Result<Response> {
-    let engine = app.service.engine();
-    if engine.state() == EngineState::Failed {
+    check_live(&app)?;
+    Ok(ok("alive"))
+}
+
+/// Whether a restart is not needed.
+pub fn check_live(app: &App) -> Result<()> {
+    if app.service.engine().state() == EngineState::Failed {
         return Err(Error::new(Kind::Unavailable, "the engine has failed"));
     }
-    fresh(&app, STUCK)?;
-    Ok(ok("alive"))
+    fresh(app, STUCK)
 }
 
 /// `/readyz` and `/health`: able to take work now.

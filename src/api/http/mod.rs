@@ -13,7 +13,7 @@ pub mod observe;
 pub mod params;
 pub mod respond;
 
-use super::{Admin, Service, admin, native, openai, tgi};
+use super::{Admin, Service, admin, native, oip, openai, tgi};
 use crate::error::{Error, Kind, Result};
 use crate::telemetry::traces::Traces;
 use axum::body::Body;
@@ -23,7 +23,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Router, middleware};
-use call::{Call, Head, json_fields, read_body};
+use call::{Call, Head, check_encoding, json_fields, read_body};
 use fields::Fields;
 use respond::{Wording, reword};
 use std::any::Any;
@@ -116,6 +116,7 @@ impl App {
             .merge(openai::routes())
             .merge(native::routes())
             .merge(tgi::routes())
+            .merge(oip::routes())
             // Where KServe's clients look for it.
             .nest("/openai", openai::routes())
             .merge(admin::routes())
@@ -152,10 +153,22 @@ impl App {
         body: Body,
         understand: impl FnOnce(Fields, &Call) -> Result<T>,
     ) -> Result<T> {
+        let json = |bytes: &[u8], call: &Call| understand(json_fields(&head.headers, bytes)?, call);
+        self.read_bytes(head, body, json).await
+    }
+
+    /// The same for a body that need not say what it is.
+    pub async fn read_bytes<T>(
+        &self,
+        head: &Head,
+        body: Body,
+        understand: impl FnOnce(&[u8], &Call) -> Result<T>,
+    ) -> Result<T> {
         let read = async {
             let body = read_body(body, &self.limits).await?;
             let call = Call::new(head)?;
-            understand(json_fields(&head.headers, &body)?, &call)
+            check_encoding(&head.headers)?;
+            understand(&body, &call)
         };
         read.await.inspect_err(|error| self.service.count_refused(&head.record, error))
     }
@@ -163,7 +176,9 @@ impl App {
 
 /// How errors are worded on a path, where that is not OpenAI's way.
 fn wording(path: &str) -> Option<Wording> {
-    tgi::has(path).then_some(tgi::refusal)
+    let wires: [(fn(&str) -> bool, Wording); 2] =
+        [(tgi::has, tgi::refusal), (oip::has, oip::refusal)];
+    wires.into_iter().find_map(|(has, wording)| has(path).then_some(wording))
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {

@@ -35,6 +35,7 @@ pub fn read(
     bundle: &str,
     always_stream: bool,
 ) -> Result<(Request, Wanted)> {
+    body.refuse("debug")?;
     let inputs: String = body.take("inputs")?.ok_or_else(|| missing("inputs"))?;
     let stream = body.take("stream")?.unwrap_or(false) || always_stream;
     let given = body.take_object("parameters", "parameters.")?;
