@@ -31,6 +31,8 @@ pub struct Request {
     pub controls: BTreeMap<String, serde_json::Value>,
     /// Sampling and lengths, as given.
     pub params: Params,
+    /// The texts that are to be scored after the one prompt; none are to be generated then.
+    pub labels: Vec<String>,
     /// What every text must look like, and the name of the field that says so.
     pub grammar: Option<(&'static str, Grammar)>,
     /// What `max_tokens` is where neither the request nor the task says; `None` is all that the

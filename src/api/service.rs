@@ -4,14 +4,15 @@
 //! Knows no sockets and no JSON bodies. Holds no lock.
 
 use super::catalog::{Catalog, Target};
-use super::encode::{Encoder, Subject, fits};
-use super::ticket::{Echo, InFlight, Source, Terms, Ticket};
+use super::encode::{Encoder, Subject};
+use super::jobs::{Plan, Planned};
+use super::ticket::{InFlight, Source, Terms, Ticket};
 use crate::adapter::registry::Registry;
-use crate::engine::{Capacity, EngineHandle, Job};
+use crate::engine::{Capacity, EngineHandle};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{GAMMA, mix, random};
+use crate::ids::random;
 use crate::metrics::{Metrics, RequestMeter};
-use crate::request::{Input, Params, Request, Sampling};
+use crate::request::{Input, Params, Request};
 use crate::task::{Task, TaskTable};
 use crate::telemetry::{Record, now};
 use crate::text::{Prompt, Prompts, Tokenizer};
@@ -29,12 +30,6 @@ pub struct Service {
     metrics: Arc<Metrics>,
     /// Tickets that are not dropped yet.
     in_flight: watch::Sender<usize>,
-}
-
-/// How long a text may get.
-struct Lengths {
-    max_new: u32,
-    min_new: u32,
 }
 
 impl Service {
@@ -126,6 +121,7 @@ impl Service {
         request.record.note(|facts| {
             facts.model = Some(request.model.clone());
             facts.operation = match request.inputs.first() {
+                _ if !request.labels.is_empty() => "score",
                 Some(Input::Chat(_)) => "chat",
                 _ => "text_completion",
             };
@@ -136,16 +132,24 @@ impl Service {
         let params = merged(&request.params, task);
         params.check()?;
         self.check_ids(&params, &capacity)?;
-        let n = params.n.unwrap_or(1) as usize;
-        self.check_choices(n, request.inputs.len(), task)?;
+        self.check_choices(&request, &params, task)?;
         check_truncate(&params, &target)?;
         let seed = params.seed.map_or_else(|| random() >> 1, |seed| seed as u64);
+        let plan = Plan {
+            request: &request,
+            target: &target,
+            params: &params,
+            seed,
+            context: capacity.context,
+            ends: self.encoder.ends(),
+            experts: self.engine.experts().is_some(),
+        };
         let prompts = in_time(&request, self.encode(&target, &request, capacity)).await?;
         let guide = in_time(&request, self.encoder.guide(&request)).await?;
-        let (mut jobs, echoes): (Vec<Job>, Vec<_>) =
-            self.jobs(&target, &request, (&params, seed), prompts, &capacity)?.into_iter().unzip();
-        jobs.iter_mut().for_each(|job| job.guide = guide.clone());
-        let prompt_tokens = jobs.iter().step_by(n).map(|job| job.tokens.len() as u32).sum();
+        let Planned { jobs, echoes, prompt_tokens } = match request.labels.is_empty() {
+            true => plan.texts(prompts, guide)?,
+            false => plan.labels(prompts, self.encoder.tokenizer())?,
+        };
         let most: Vec<u32> = jobs.iter().map(|job| job.max_new).collect();
         let events = self.engine.submit_all(jobs)?;
         let sources = std::iter::zip(events, std::iter::zip(most, echoes))
@@ -156,7 +160,7 @@ impl Service {
             model: request.model,
             tokenizer: self.encoder.tokenizer().clone(),
             stop: params.stop.unwrap_or_default(),
-            logprobs: params.logprobs.is_some(),
+            logprobs: params.logprobs.is_some() || !request.labels.is_empty(),
             debug: request.debug.then(|| target.adapters.map_or_else(Vec::new, |a| a.parts)),
             prompt_tokens,
             seed,
@@ -179,14 +183,19 @@ impl Service {
     }
 
     /// Refuses more texts than could ever wait at once: coming back would not help.
-    fn check_choices(&self, n: usize, prompts: usize, task: &Task) -> Result<()> {
+    fn check_choices(&self, request: &Request, params: &Params, task: &Task) -> Result<()> {
         let most = MAX_CHOICES.min(task.slo.max_waiting).min(self.engine.max_waiting());
-        let choices = n * prompts;
-        if choices <= most {
+        let n = params.n.unwrap_or(1) as usize;
+        let (texts, field) = match (request.labels.len(), n) {
+            (0, 1) => (request.inputs.len(), "prompt"),
+            (0, n) => (n * request.inputs.len(), "n"),
+            (labels, _) => (labels, "labels"),
+        };
+        if texts <= most {
             return Ok(());
         }
-        let message = format!("{choices} texts are asked for; allowed: up to {most}");
-        Err(Error::invalid(if n == 1 { "prompt" } else { "n" }, message))
+        let message = format!("{texts} texts are asked for; allowed: up to {most}");
+        Err(Error::invalid(field, message))
     }
 
     async fn encode(
@@ -198,62 +207,6 @@ impl Service {
         let Target { task, raw, prompts, .. } = target;
         let subject = Subject { prompts: prompts.clone(), task: task.clone(), raw: *raw };
         self.encoder.encode(subject, request, capacity).await
-    }
-
-    /// The jobs of a request, each with the prompt that begins its text, if that is wanted.
-    fn jobs(
-        &self,
-        target: &Target,
-        request: &Request,
-        (params, seed): (&Params, u64),
-        prompts: Vec<Prompt>,
-        capacity: &Capacity,
-    ) -> Result<Vec<(Job, Option<Arc<Echo>>)>> {
-        let task = &target.task;
-        let sampling = Arc::new(params.sampling());
-        let endless = params.ignore_eos.unwrap_or(false);
-        let stop_ids: Arc<[u32]> = if endless { [].into() } else { self.encoder.ends().into() };
-        let echoes = params.echo.unwrap_or(false);
-        // It is for the first token of the whole answer, so that the first job must keep it.
-        let mut first_token_deadline = request.first_token_deadline;
-        let mut jobs = Vec::new();
-        for prompt in prompts {
-            let length = prompt.tokens.len();
-            let lengths = lengths(task, request, params, length, capacity.context)?;
-            let echo =
-                echoes.then(|| Arc::new(Echo { text: prompt.text, tokens: prompt.tokens.clone() }));
-            for choice in 0..params.n.unwrap_or(1) {
-                let (tokens, max_new) = (prompt.tokens.clone(), lengths.max_new);
-                let job = Job {
-                    seed: choice_seed(seed, choice),
-                    min_new: lengths.min_new,
-                    stop_ids: stop_ids.clone(),
-                    score_prompt: params.logprobs.filter(|_| echoes),
-                    first_token_deadline: first_token_deadline.take(),
-                    ..self.job(target, request, sampling.clone(), tokens, max_new)
-                };
-                jobs.push((job, echo.clone()));
-            }
-        }
-        Ok(jobs)
-    }
-
-    /// A job for what `request` is for.
-    fn job(
-        &self,
-        target: &Target,
-        request: &Request,
-        sampling: Arc<Sampling>,
-        tokens: Vec<u32>,
-        max_new: u32,
-    ) -> Job {
-        Job {
-            adapters: target.adapters.as_ref().map(|chosen| chosen.mix.clone()),
-            gate: target.gate,
-            report_experts: request.debug && self.engine.experts().is_some(),
-            deadline: request.deadline,
-            ..Job::new(target.task.id, tokens, sampling, max_new, request.record.arrived)
-        }
     }
 }
 
@@ -288,51 +241,6 @@ fn merged(given: &Params, task: &Task) -> Params {
         params.min_tokens = Some(usual.min(most));
     }
     params
-}
-
-/// How many tokens may follow a prompt of `length` tokens in a context of `context`.
-fn lengths(
-    task: &Task,
-    request: &Request,
-    params: &Params,
-    length: usize,
-    context: usize,
-) -> Result<Lengths> {
-    let given = request.params.max_tokens;
-    let least = usize::from(params.max_tokens != Some(0));
-    fits(length, least, context)?;
-    let left = (context - length) as u32;
-    if let Some(given) = given
-        && given > left
-    {
-        let message = format!(
-            "the prompt has {length} tokens and max_tokens is {given}; together they may have \
-             {context} tokens"
-        );
-        return Err(Error::new(Kind::ContextLength, message).with_param("max_tokens"));
-    }
-    let limit = task.limits.max_tokens.unwrap_or(u32::MAX);
-    if let Some(given) = given
-        && given > limit
-    {
-        let message = format!("max_tokens is {given}; {} allows up to {limit}", task.name);
-        return Err(Error::invalid("max_tokens", message));
-    }
-    let usual = params.max_tokens.or(request.usual_max_tokens).unwrap_or(left);
-    let max_new = usual.min(left).min(limit);
-    if let Some(given) = request.params.min_tokens
-        && given > max_new
-    {
-        let message = format!("min_tokens is {given}, but at most {max_new} tokens fit");
-        return Err(Error::invalid("min_tokens", message));
-    }
-    Ok(Lengths { max_new, min_new: params.min_tokens.unwrap_or(0).min(max_new) })
-}
-
-/// The seed of choice `choice`: the first choice of a request with a seed is the same whether or not
-/// there are others.
-fn choice_seed(seed: u64, choice: u32) -> u64 {
-    mix(seed.wrapping_add(u64::from(choice).wrapping_mul(GAMMA)))
 }
 
 #[cfg(test)]

@@ -99,6 +99,7 @@ impl Generate {
             inputs: vec![Input::Text(self.input.clone())],
             controls,
             params,
+            labels: Vec::new(),
             grammar: None,
             usual_max_tokens: None,
             deadline: None,

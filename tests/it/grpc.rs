@@ -174,6 +174,9 @@ async fn good_requests_have_the_same_answer_on_all_wires() {
         json!({"input": "a fox", "logit_bias": {"3": 1.5}, "max_tokens": 8, "ignore_eos": true}),
         json!({"input": "a fox", "timeout_ms": 60_000.5, "adapters": []}),
         json!({"input": "", "max_tokens": 3}),
+        json!({"input": "a fox", "choice": ["a fox runs", "a hen"]}),
+        json!({"input": "a fox", "regex": "[a-z]{3}"}),
+        json!({"input": "a fox", "json_schema": {"enum": [1, 2]}}),
     ] {
         let Answer::Good(choices, usage) = ask(&server, "image", &[], &body, 200).await else {
             panic!("{body}")
@@ -212,6 +215,9 @@ async fn bad_requests_are_refused_alike_on_all_wires() {
         ("image", json!({"input": long}), 400, Some("input")),
         ("image", json!({"input": "x", "max_tokens": 1000}), 400, Some("max_tokens")),
         ("nothing", json!({"input": "x"}), 404, Some("model")),
+        ("image", json!({"input": "x", "choice": []}), 400, Some("choice")),
+        ("image", json!({"input": "x", "regex": "("}), 400, Some("regex")),
+        ("image", json!({"input": "x", "json_schema": {"type": "x"}}), 400, Some("json_schema")),
     ] {
         let Answer::Bad(refusal) = ask(&server, task, &[], &body, status).await else {
             panic!("{body}")

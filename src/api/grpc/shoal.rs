@@ -100,6 +100,7 @@ fn understand(message: proto::GenerateRequest, call: &Call) -> Checked<Request> 
         inputs: vec![Input::Text(input)],
         controls: controls(message.controls.unwrap_or_default())?,
         params,
+        labels: Vec::new(),
         grammar: message.grammar.map(grammar).transpose()?,
         usual_max_tokens: None,
         deadline,
@@ -110,6 +111,7 @@ fn understand(message: proto::GenerateRequest, call: &Call) -> Checked<Request> 
 fn params(message: &proto::GenerateRequest) -> Params {
     let (stop, bias) = (&message.stop, &message.logit_bias);
     Params {
+        truncate: None,
         max_tokens: message.max_tokens,
         min_tokens: message.min_tokens,
         temperature: message.temperature,

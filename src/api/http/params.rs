@@ -68,6 +68,7 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         inputs,
         controls,
         params,
+        labels: Vec::new(),
         grammar,
         usual_max_tokens,
         deadline,

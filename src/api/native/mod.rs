@@ -1,6 +1,7 @@
-//! Shoal's own wire: tasks, their controls, and texts by task.
+//! Shoal's own wire: tasks, their controls, texts by task, and how likely a task finds texts.
 
 mod generate;
+mod score;
 mod tasks;
 
 pub use generate::{NativeWriter, Piece, renamed};
@@ -16,4 +17,5 @@ pub fn routes() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/tasks", get(tasks::tasks))
         .route("/v1/tasks/{task}/generate", post(generate::generate))
+        .route("/v1/tasks/{task}/score", post(score::score))
 }

@@ -30,6 +30,7 @@ fn request(model: &str, input: Input) -> Request {
         debug: false,
         inputs: vec![input],
         controls: Default::default(),
+        labels: Vec::new(),
         grammar: None,
         params: Params { temperature: Some(0.0), ..Params::default() },
         usual_max_tokens: Some(8),

@@ -2,6 +2,7 @@
 
 use super::server::Server;
 use serde_json::{Map, Value, json};
+use shoal::api::grpc::proto::generate_request::Grammar;
 use shoal::api::grpc::proto::shoal_client::ShoalClient;
 use shoal::api::grpc::proto::{self, GenerateRequest};
 use tonic::Request;
@@ -67,9 +68,26 @@ pub fn message(task: &str, body: &Value) -> GenerateRequest {
         timeout_ms: take("timeout_ms").as_f64(),
         debug: take("debug")["routing"].as_bool().map(|routing| proto::Debug { routing }),
         as_task: text(&take("task")),
+        grammar: [
+            take("choice").as_array().map(choice),
+            text(&take("regex")).map(Grammar::Regex),
+            Some(take("json_schema")).filter(|s| !s.is_null()).map(schema),
+        ]
+        .into_iter()
+        .flatten()
+        .next(),
     };
     assert_eq!(json!(fields), json!({}), "a field that messages have not");
     message
+}
+
+fn choice(texts: &Vec<Value>) -> Grammar {
+    let text = |text: &Value| text.as_str().unwrap().to_owned();
+    Grammar::Choice(proto::Choices { values: texts.iter().map(text).collect() })
+}
+
+fn schema(schema: Value) -> Grammar {
+    Grammar::JsonSchema(schema.to_string())
 }
 
 fn bias((id, value): (&String, &Value)) -> (u32, f32) {
