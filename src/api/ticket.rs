@@ -51,10 +51,13 @@ pub struct ScoredToken {
 }
 
 /// How a choice ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct End {
     /// Why.
     pub finish: Finish,
+    /// The token that ended the text and is no part of it; nothing where a stop string, a grammar or the
+    /// length did. Its log-probability only if those of the others were asked for.
+    pub stop_token: Option<ScoredToken>,
     /// Words of the whole generated text, split at Unicode white space.
     pub words: u32,
     /// Which experts its tokens went to, if that was asked for. Nothing where a stop string ended the
@@ -311,37 +314,35 @@ impl Ticket {
                 }
                 choice.words.read(&chunk.text);
                 if piece.stopped {
-                    self.end(index, &mut chunk, Finish::Stop, timing, Vec::new());
+                    let (finish, words) = (Finish::Stop, choice.words.count);
+                    let end = End { finish, stop_token: None, words, experts: Vec::new() };
+                    self.end(index, &mut chunk, timing, end);
                 } else if choice.tokens == choice.max_new {
                     choice.last = Some(chunk);
                     return Ok(None);
                 }
             }
-            Event::Done { finish, timing, experts } => {
+            Event::Done { finish, stop, timing, experts } => {
                 chunk = choice.last.take().unwrap_or(chunk);
                 let held = choice.decoder.finish();
                 choice.words.read(&held);
                 chunk.text.push_str(&held);
-                self.end(index, &mut chunk, finish, timing, experts);
+                let mut scribe = choice.scribe.take().unwrap_or_default();
+                let stop_token =
+                    stop.map(|stop| scribe.token(tokenizer, stop.token, stop.logprob, false));
+                let end = End { finish, stop_token, words: choice.words.count, experts };
+                self.end(index, &mut chunk, timing, end);
             }
         }
         Ok(Some(chunk))
     }
 
-    fn end(
-        &mut self,
-        index: usize,
-        chunk: &mut Chunk,
-        finish: Finish,
-        timing: Timing,
-        experts: Vec<ExpertUse>,
-    ) {
-        let choice = &mut self.running[index];
-        choice.events = None;
+    fn end(&mut self, index: usize, chunk: &mut Chunk, timing: Timing, end: End) {
+        self.running[index].events = None;
         self.left -= 1;
-        let words = choice.words.count;
-        chunk.end = Some(End { finish, words, experts });
-        self.meter.text(words);
+        let finish = end.finish;
+        self.meter.text(end.words);
+        chunk.end = Some(end);
         if self.left == 0 {
             self.meter.end("ok");
         }

@@ -171,7 +171,7 @@ impl<R: Runner> Core<R> {
                     body.reply.send(Event::Prompt(scores));
                 }
                 let (finish, timing) = (Finish::Length, body.timing(now));
-                body.reply.end(Event::Done { finish, timing, experts: Vec::new() });
+                body.reply.end(Event::Done { finish, stop: None, timing, experts: Vec::new() });
             }
             rows => {
                 self.scheduler.add(Seq::new(SeqId::next(), task, due, rows, body));
@@ -290,7 +290,7 @@ impl<R: Runner> Core<R> {
         match token {
             Some(token) => self.take_token(chunk, token, now),
             None if self.scheduler.seq(chunk.slot).pending() == 0 => {
-                self.finish(chunk.slot, Finish::Length, now);
+                self.finish(chunk.slot, Finish::Length, None, now);
             }
             None => {}
         }
@@ -346,7 +346,7 @@ impl<R: Runner> Core<R> {
             metrics.ttft.observe((timing.queue + timing.prefill).as_secs_f64());
         }
         if body.job.stop_ids.contains(&token.token) {
-            return self.finish(chunk.slot, Finish::Stop, now);
+            return self.finish(chunk.slot, Finish::Stop, Some(token), now);
         }
         match body.job.guide.take() {
             Some(guide) => {
@@ -363,19 +363,20 @@ impl<R: Runner> Core<R> {
         let timing = body.timing(now);
         body.reply.send(Event::Token { id: token.token, logprob: token.logprob, timing });
         if !more {
-            return self.finish(slot, Finish::Stop, now);
+            return self.finish(slot, Finish::Stop, None, now);
         }
         if body.remaining() == 0 {
-            return self.finish(slot, Finish::Length, now);
+            return self.finish(slot, Finish::Length, None, now);
         }
         self.scheduler.grow(slot);
     }
 
-    fn finish(&mut self, slot: Slot, finish: Finish, now: Instant) {
+    /// Ends a text well; `stop` is the token that ended it, if one did.
+    fn finish(&mut self, slot: Slot, finish: Finish, stop: Option<Sampled>, now: Instant) {
         let mut body = self.scheduler.remove(slot).body;
         self.meter.ended(body.generated(), body.job.max_new as usize);
         let (timing, experts) = (body.timing(now), std::mem::take(&mut body.experts));
-        body.reply.end(Event::Done { finish, timing, experts });
+        body.reply.end(Event::Done { finish, stop, timing, experts });
     }
 
     fn fail(&mut self, error: StepError) -> Result<(), StepError> {

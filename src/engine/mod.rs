@@ -26,7 +26,7 @@ pub mod scheduler;
 #[cfg(test)]
 mod tests;
 
-pub use crate::model::step::{Capacity, Experts, Mix};
+pub use crate::model::step::{Capacity, Experts, Mix, Sampled};
 pub use handle::{EngineHandle, start};
 pub use seq::{Content, Seq};
 
@@ -123,6 +123,9 @@ pub enum Event {
     Done {
         /// Why.
         finish: Finish,
+        /// The one of [`Job::stop_ids`] that ended the text, with its log-probability if
+        /// [`Sampling::logprobs`] asks for it.
+        stop: Option<Sampled>,
         /// Where the time went.
         timing: Timing,
         /// Which experts its tokens went to, if that was asked for and the model has any.

@@ -42,12 +42,23 @@ fn request(model: &str, input: Input) -> Request {
 #[tokio::test]
 async fn a_text_ends_with_any_of_its_ends() {
     let service = service(vec![20, 7]).await;
-    for (first, tokens, finish) in
-        [(5, 1, Finish::Stop), (17, 2, Finish::Stop), (30, 8, Finish::Length)]
-    {
+    for (first, tokens, finish, stop) in [
+        (5, 1, Finish::Stop, Some(7)),
+        (17, 2, Finish::Stop, Some(20)),
+        (30, 8, Finish::Length, None),
+    ] {
+        for logprobs in [None, Some(1)] {
+            let mut request = request("tiny", Input::Tokens(vec![first]));
+            request.params.logprobs = logprobs;
+            let reply = service.submit(request).await.unwrap().collect().await.unwrap();
+            let end = reply.choices[0].end.as_ref().unwrap();
+            let token = end.stop_token.as_ref();
+            assert_eq!((end.finish, token.map(|token| token.id)), (finish, stop), "{first}");
+            let scored = stop.and(logprobs).is_some();
+            assert_eq!(token.is_some_and(|token| token.logprob.is_some()), scored, "{first}");
+        }
         let ticket = service.submit(request("tiny", Input::Tokens(vec![first]))).await.unwrap();
         let reply = ticket.collect().await.unwrap();
-        assert_eq!(reply.choices[0].end.as_ref().unwrap().finish, finish, "{first}");
         assert_eq!(reply.usage.completion_tokens, tokens, "{first}");
     }
     let mut endless = request("tiny", Input::Tokens(vec![5]));

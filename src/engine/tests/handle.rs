@@ -38,6 +38,12 @@ fn a_job_hears_its_tokens_and_one_end() {
         (stopped.tokens.as_slice(), stopped.finish),
         (&heard.tokens[..first], Some(Finish::Stop))
     );
+    assert_eq!((heard.stop, stopped.stop), (None, Some(Sampled { token: stop, logprob: None })));
+    let params = Params { temperature: Some(0.0), logprobs: Some(2), ..Params::default() };
+    let sampling = Arc::new(params.sampling());
+    let stopped = listen(handle.submit(Job { sampling, ..stopping.clone() }).unwrap());
+    let score = stopped.stop.unwrap().logprob.unwrap();
+    assert_eq!((score.token, score.top.len()), (stop, 2));
 
     let longer = listen(handle.submit(Job { min_new: 20, ..stopping }).unwrap());
     assert_eq!(longer.tokens, fake.alone(&[1, 2, 3], 20, 20, &[stop]));

@@ -12,7 +12,7 @@ use super::{EngineHandle, Event, Job, Mix, Settings, start};
 use crate::error::Error;
 use crate::ids::TaskId;
 use crate::metrics::Metrics;
-use crate::model::step::Runner;
+use crate::model::step::{Runner, Sampled};
 use crate::request::{Finish, Params, Sampling, Timing, TokenLogprob};
 use crate::task::{Limits, Slo, Task, TaskTable};
 use crate::telemetry::now;
@@ -69,6 +69,7 @@ struct Heard {
     prompt: Option<Vec<Option<TokenLogprob>>>,
     tokens: Vec<u32>,
     finish: Option<Finish>,
+    stop: Option<Sampled>,
     timing: Timing,
     failed: Option<Error>,
 }
@@ -86,8 +87,9 @@ impl Heard {
                 assert!(self.prompt.replace(scores).is_none(), "scores come once");
             }
             Event::Token { id, .. } => self.tokens.push(id),
-            Event::Done { finish, timing, .. } => {
+            Event::Done { finish, stop, timing, .. } => {
                 self.finish = Some(finish);
+                self.stop = stop;
                 self.timing = timing;
             }
             Event::Failed(error) => self.failed = Some(error),
