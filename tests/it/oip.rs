@@ -75,7 +75,8 @@ async fn health_is_the_truth() {
     assert_eq!(server.client.get("/v2/health/live").await.status, 200);
     for path in ["/v2/health/ready", "/v2/models/tiny/ready"] {
         let reply = server.client.get(path).await;
-        assert_eq!((error(&reply).0, reply.header("retry-after")), (503, "1"));
+        assert_eq!(error(&reply).0, 503);
+        assert!(!reply.header("retry-after").is_empty());
     }
     let body = json!({"inputs": [text(&["a|"])]});
     assert_eq!(error(&server.client.post(INFER, &body).await).0, 503);
@@ -260,7 +261,7 @@ async fn a_generation_without_tensors() {
 #[tokio::test]
 async fn a_stream_of_deltas() {
     let server = Server::usual().await;
-    let body = json!({"text_input": "a é🙂|", "stream": true, "parameters": {"details": true}});
+    let body = json!({"text_input": "a é🙂", "stream": true, "parameters": {"details": true}});
     let mut stream = server.client.stream("/v2/models/image/generate_stream", &body).await;
     let mut frames: Vec<Value> = Vec::new();
     while let Some(data) = stream.data().await {

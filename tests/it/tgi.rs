@@ -290,3 +290,19 @@ async fn info_has_its_names() {
     assert_eq!(info["max_stop_sequences"], 16);
     assert!(info["max_concurrent_requests"].as_u64().unwrap() > 0);
 }
+
+#[tokio::test]
+async fn a_grammar_holds_the_text() {
+    let server = Server::usual().await;
+    let regex = json!({"type": "regex", "value": "[0-9]{3}"});
+    let reply = generate(&server, "a fox|", json!({"grammar": regex})).await;
+    let text = reply["generated_text"].as_str().unwrap();
+    assert!(text.len() == 3 && text.bytes().all(|byte| byte.is_ascii_digit()), "{text}");
+    assert_eq!(reply["details"]["finish_reason"], "eos_token");
+    let stream = body("a fox|", &json!({"grammar": regex}));
+    let last = frames(&server, "/generate_stream", &stream).await.pop().unwrap();
+    assert_eq!(last["generated_text"], text);
+    let bad = body("a|", &json!({"grammar": {"type": "regex", "value": "("}}));
+    let reply = server.client.post("/generate", &bad).await;
+    assert_eq!((error(&reply).0, error(&reply).2.as_deref()), (422, Some("validation")));
+}
