@@ -7,8 +7,10 @@
 //!
 //! This is the only place that reads the environment.
 
+mod keys;
 mod layers;
 
+pub use keys::{Keys, NamedKey, Secret};
 pub use layers::{Environment, Stop, environment, resolve};
 
 use crate::ids::is_valid_name;
@@ -63,12 +65,32 @@ pub struct Serve {
     /// Which adapters
     #[command(flatten)]
     pub adapters: Adapters,
+    /// Who may ask
+    #[command(flatten)]
+    pub keys: Keys,
     /// Largest request body, in bytes
     #[arg(long, default_value_t = 2 << 20, value_parser = count(1..=1 << 30))]
     pub max_body_bytes: usize,
+    /// Largest head of a request (its first line and headers), in bytes
+    #[arg(long, default_value_t = 32 << 10, value_parser = count(1024..=1 << 16))]
+    pub max_header_bytes: usize,
+    /// Most headers of a request
+    #[arg(long, default_value_t = 100, value_parser = count(8..=1000))]
+    pub max_headers: usize,
+    /// Longest prompt, in tokens, template and all; a task's own limit may be shorter [default: what
+    /// the model's context holds]
+    #[arg(long, value_parser = count(1..=1 << 24))]
+    pub max_input_tokens: Option<usize>,
+    /// Requests at once, on all ports together; those beyond it are refused as overloaded [default:
+    /// as many as may wait and run]
+    #[arg(long, value_parser = count(1..=1 << 20))]
+    pub max_concurrent_requests: Option<usize>,
     /// Seconds that a request's head, and again its body, may take to arrive
     #[arg(long, default_value = "30", value_parser = seconds)]
     pub body_timeout: Duration,
+    /// Seconds that a connection may stay open without a request
+    #[arg(long, default_value = "120", value_parser = seconds)]
+    pub idle_timeout: Duration,
     /// Seconds of silence after which a comment is sent on a stream, or a ping on a connection of gRPC
     #[arg(long, default_value = "10", value_parser = seconds)]
     pub keep_alive: Duration,
@@ -132,8 +154,8 @@ pub struct Batching {
     pub no_prefix_cache: bool,
 }
 
-/// Which adapters there are beside the bundle's own, and who may change them while serving.
-#[derive(Args, Clone)]
+/// Which adapters there are beside the bundle's own, and how many may come while serving.
+#[derive(Args, Clone, Debug)]
 pub struct Adapters {
     /// An adapter's name and folder, as NAME=FOLDER; may be given several times
     #[arg(long = "adapter", id = "adapter", value_parser = named_folder)]
@@ -147,15 +169,6 @@ pub struct Adapters {
     /// Bytes of all adapters in memory
     #[arg(long, default_value_t = 1 << 30, value_parser = count(1..=1 << 40))]
     pub max_adapter_bytes: usize,
-    /// Let the holder of the admin key load and unload adapters and add tasks
-    #[arg(long)]
-    pub enable_adapter_admin: bool,
-    /// File with the admin key [environment also: SHOAL_ADMIN_KEY, the key itself]
-    #[arg(long)]
-    pub admin_key_file: Option<PathBuf>,
-    /// The admin key itself: for the environment, where nobody else reads it
-    #[arg(long, hide = true)]
-    pub admin_key: Option<String>,
     /// The only folder that adapters are loaded from while serving [default: the bundle's adapters/]
     #[arg(long)]
     pub adapter_root: Option<PathBuf>,
@@ -192,50 +205,6 @@ pub enum LogFormat {
     Pretty,
     /// One JSON object a line
     Json,
-}
-
-/// The shortest key that is worth the name.
-const MIN_KEY: usize = 16;
-
-impl Adapters {
-    /// The admin key, if administration is enabled.
-    ///
-    /// # Errors
-    /// What is wrong with the key, or that there is none.
-    pub fn admin_key(&self) -> Result<Option<String>, String> {
-        if !self.enable_adapter_admin {
-            return Ok(None);
-        }
-        let key = match (&self.admin_key_file, &self.admin_key) {
-            (Some(path), _) => std::fs::read_to_string(path)
-                .map_err(|e| format!("--admin-key-file {}: {e}", path.display()))?,
-            (None, Some(key)) => key.clone(),
-            (None, None) => {
-                let needs =
-                    "--enable-adapter-admin needs a key: --admin-key-file or SHOAL_ADMIN_KEY";
-                return Err(needs.into());
-            }
-        };
-        let key = key.trim();
-        let printable = key.bytes().all(|b| b.is_ascii_graphic());
-        match key.len() >= MIN_KEY && printable {
-            true => Ok(Some(key.to_owned())),
-            false => {
-                Err(format!("the admin key; allowed: {MIN_KEY} or more letters, digits and signs"))
-            }
-        }
-    }
-}
-
-impl std::fmt::Debug for Adapters {
-    /// Without the key.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Adapters")
-            .field("extra", &self.extra)
-            .field("max_adapters", &self.max_adapters)
-            .field("enable_adapter_admin", &self.enable_adapter_admin)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Serve {

@@ -23,7 +23,7 @@ const ENGINE_FAILED: u8 = 70;
 #[command(name = "shoal", version)]
 enum Cli {
     /// Serve a bundle over HTTP
-    Serve(config::Serve),
+    Serve(Box<config::Serve>),
     /// Write a text to the terminal
     Generate(generate::Generate),
     /// Make a model

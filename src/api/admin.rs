@@ -7,49 +7,15 @@ use super::http::fields::{Fields, missing};
 use super::http::respond::{json, reply};
 use super::native::task_entry;
 use crate::adapter::registry::{Info, Wanted, confined};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::routing::{get, post};
 use serde_json::{Value, json as value};
-use sha2::{Digest, Sha256};
-use std::path::PathBuf;
 use std::sync::Arc;
-
-/// Who may change the server, and what may be read for them.
-#[derive(Clone)]
-pub struct Admin {
-    /// SHA-256 of the key, which is kept nowhere.
-    key: [u8; 32],
-    /// Adapters are loaded from below this folder only.
-    root: PathBuf,
-}
-
-impl Admin {
-    /// Administration by whoever holds `key`.
-    pub fn new(key: &str, root: PathBuf) -> Self {
-        Self { key: Sha256::digest(key.as_bytes()).into(), root }
-    }
-
-    /// Refuses a request without the key. Hashes are compared, and all of their bytes: how long that
-    /// takes says nothing about the key.
-    fn check(&self, headers: &HeaderMap) -> Result<()> {
-        let given = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes());
-        let Some(key) = given.and_then(|value| value.strip_prefix(b"Bearer ")) else {
-            let message = "administration needs the header authorization: Bearer KEY";
-            return Err(Error::new(Kind::Unauthenticated, message));
-        };
-        let digest: [u8; 32] = Sha256::digest(key).into();
-        let differ = digest.iter().zip(&self.key).fold(0, |sum, (a, b)| sum | (a ^ b));
-        match differ {
-            0 => Ok(()),
-            _ => Err(Error::new(Kind::Unauthenticated, "this is not the admin key")),
-        }
-    }
-}
 
 /// The routes for administrators.
 pub fn routes() -> Router<Arc<App>> {
@@ -63,7 +29,7 @@ pub fn routes() -> Router<Arc<App>> {
 /// `POST /v1/load_lora_adapter`: `{"lora_name", "lora_path", "load_inplace", "expected_generation",
 /// "pinned"}`, as vLLM has it and a little more. The path is below the adapter root.
 async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
-    let (mut fields, admin) = authorised(&app, &headers, body).await?;
+    let mut fields = authorised(&app, &headers, body).await?;
     let name: String = fields.take("lora_name")?.ok_or_else(|| missing("lora_name"))?;
     let path: String = fields.take("lora_path")?.ok_or_else(|| missing("lora_path"))?;
     let in_place = fields.take("load_inplace")?.unwrap_or(false);
@@ -76,7 +42,7 @@ async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Re
     }
     fields.finish()?;
     let load = move || {
-        let path = confined(&admin.root, &path)?;
+        let path = confined(&app.adapter_root, &path)?;
         let wanted = Wanted { name, path, in_place, expected_generation, pinned };
         app.service.catalog().load_adapter(&wanted)
     };
@@ -89,7 +55,7 @@ async fn load(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Re
 
 /// `POST /v1/unload_lora_adapter`: `{"lora_name", "expected_generation"}`.
 async fn unload(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
-    let (mut fields, _) = authorised(&app, &headers, body).await?;
+    let mut fields = authorised(&app, &headers, body).await?;
     let name: String = fields.take("lora_name")?.ok_or_else(|| missing("lora_name"))?;
     let expected_generation = fields.take("expected_generation")?;
     // vLLM's own number of an adapter, which means nothing here.
@@ -102,7 +68,7 @@ async fn unload(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> 
 
 /// `GET /v1/adapters`: those that are loaded, with their generations.
 async fn list(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response> {
-    enabled(&app)?.check(&headers)?;
+    app.keys.administer(&headers)?;
     let adapters = app.service.catalog().adapter_list();
     let data: Vec<Value> = adapters.iter().map(adapter_entry).collect();
     Ok(reply(&value!({"object": "list", "data": data})))
@@ -110,7 +76,7 @@ async fn list(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Respons
 
 /// `POST /v1/tasks`: `{"name", "toml"}`, the text of a task file.
 async fn add_task(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Response> {
-    let (mut fields, _) = authorised(&app, &headers, body).await?;
+    let mut fields = authorised(&app, &headers, body).await?;
     let name: String = fields.take("name")?.ok_or_else(|| missing("name"))?;
     let text: String = fields.take("toml")?.ok_or_else(|| missing("toml"))?;
     fields.finish()?;
@@ -122,16 +88,10 @@ async fn add_task(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
 
 /// The fields of a request by somebody who may change the server. The body is read first: a client that
 /// is still writing would not hear the answer.
-async fn authorised(app: &App, headers: &HeaderMap, body: Body) -> Result<(Fields, Admin)> {
+async fn authorised(app: &App, headers: &HeaderMap, body: Body) -> Result<Fields> {
     let body = read_body(body, &app.limits).await?;
-    let admin = enabled(app)?;
-    admin.check(headers)?;
-    Ok((json_fields(headers, &body)?, admin.clone()))
-}
-
-fn enabled(app: &App) -> Result<&Admin> {
-    let message = "administration is off; the server was started without --enable-adapter-admin";
-    app.admin.as_ref().ok_or_else(|| Error::new(Kind::Forbidden, message))
+    app.keys.administer(headers)?;
+    json_fields(headers, &body)
 }
 
 /// `base_model_name` may be said, if it is what is served.

@@ -44,6 +44,8 @@ pub struct Subject {
     pub task: Arc<Task>,
     /// Whether it takes token ids.
     pub raw: bool,
+    /// Tokens that the server takes of any prompt, where that is less than the context.
+    pub most: Option<usize>,
 }
 
 impl Encoder {
@@ -83,7 +85,7 @@ impl Encoder {
             return self.shared.encode(&subject, request, capacity);
         }
         if request.params.truncate.is_none() {
-            self.shared.check_sizes(request, capacity)?;
+            self.shared.check_sizes(request, subject.most, capacity)?;
         }
         let permit = self.long_inputs.clone().acquire_owned().await;
         let (shared, request) = (self.shared.clone(), request.clone());
@@ -117,13 +119,18 @@ impl Encoder {
 
 impl Shared {
     /// Refuses texts that are too long however they are encoded.
-    fn check_sizes(&self, request: &Request, capacity: Capacity) -> Result<()> {
-        let most = capacity.context.saturating_mul(self.longest_token);
+    fn check_sizes(
+        &self,
+        request: &Request,
+        most: Option<usize>,
+        capacity: Capacity,
+    ) -> Result<()> {
+        let tokens = most.unwrap_or(usize::MAX).min(capacity.context);
+        let most = tokens.saturating_mul(self.longest_token);
         match request.inputs.iter().map(text_size).find(|size| *size > most) {
             Some(size) => {
                 let message = format!(
-                    "the prompt has {size} bytes, which cannot fit a context of {} tokens",
-                    capacity.context
+                    "the prompt has {size} bytes, which are more than {tokens} tokens, the most allowed"
                 );
                 Err(Error::new(Kind::ContextLength, message))
             }
@@ -155,8 +162,16 @@ impl Shared {
                 prompt.tokens.push(*self.ends.first().ok_or_else(empty)?);
                 prompt.text = self.tokenizer.decode(&prompt.tokens);
             }
-            fits(prompt.tokens.len(), 0, capacity.context)?;
-            Ok(prompt)
+            let length = prompt.tokens.len();
+            fits(length, 0, capacity.context)?;
+            match subject.most {
+                Some(most) if length > most => {
+                    let message =
+                        format!("the prompt has {length} tokens; this server takes up to {most}");
+                    Err(Error::new(Kind::ContextLength, message))
+                }
+                _ => Ok(prompt),
+            }
         };
         // The first prompt that does not fit ends the work.
         request.inputs.iter().map(encode).collect()

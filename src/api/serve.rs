@@ -6,12 +6,19 @@
 //! are closed, so that nobody hangs in the backlog of a server that has no file descriptors left.
 
 use super::http::{App, Limits};
+use super::pulse::{Expired, Pulse};
 use super::socket::Impatient;
 use crate::engine::State;
 use axum::Router;
+use axum::body::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
 use hyper::server::conn::{http1, http2};
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::convert::Infallible;
+use std::future::pending;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -215,26 +222,55 @@ async fn connection(
     let Door { limits, closing, .. } = door;
     // A frame is small and urgent.
     let _ = socket.set_nodelay(true);
-    let socket = Impatient::new(socket, limits.write_timeout);
+    let pulse = Pulse::new();
+    let socket = Impatient::new(socket, limits.write_timeout, pulse.clone());
     let result = match protocol {
         Protocol::Http1 => {
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(limits.body_timeout)
-                .keep_alive(stay)
-                .serve_connection(TokioIo::new(socket), service);
-            until_closed(connection, |c| c.graceful_shutdown(), closing).await
+            let socket = TokioIo::new(socket);
+            let service = service_fn(|request| beating(&service, &pulse, request));
+            let connection = http1(limits, stay).serve_connection(socket, service);
+            let expired = || pulse.expired(limits);
+            until_closed(connection, |c| c.graceful_shutdown(), closing, expired).await
         }
         Protocol::Http2 => {
             // hyper waits for ever for a client that connects and says nothing.
             let socket = TokioIo::new(socket.greeted_within(PREFACE, limits.body_timeout));
             let connection = http2(limits).serve_connection(socket, service);
-            until_closed(connection, |c| c.graceful_shutdown(), closing).await
+            until_closed(connection, |c| c.graceful_shutdown(), closing, pending).await
         }
     };
     if let Err(error) = result {
         tracing::debug!(%error, "a connection ended early");
     }
+}
+
+/// Answers a request, and says meanwhile that the connection is busy.
+async fn beating(
+    service: &TowerToHyperService<Router>,
+    pulse: &Pulse,
+    request: hyper::Request<Incoming>,
+) -> Result<hyper::Response<impl Body<Data = Bytes, Error = axum::Error> + use<>>, Infallible> {
+    let busy = pulse.busy();
+    let response = service.call(request).await?;
+    // The body holds it to its own end.
+    Ok(response.map(|body| {
+        body.map_err(move |error| {
+            let _busy = &busy;
+            error
+        })
+    }))
+}
+
+/// HTTP/1; for how long a head may take, see [`Pulse`].
+fn http1(limits: &Limits, stay: bool) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_header_size(limits.max_header_bytes)
+        .max_headers(limits.max_headers)
+        .keep_alive(stay);
+    builder
 }
 
 /// HTTP/2 for clients that may be many, slow or gone.
@@ -252,18 +288,32 @@ fn http2(limits: &Limits) -> http2::Builder<TokioExecutor> {
     builder
 }
 
-/// Runs a connection to its end; from `closing` on it takes no further requests.
-async fn until_closed<C: Future<Output = hyper::Result<()>>>(
+/// Runs a connection to its end; from `closing` on, or when it has been idle for too long, it takes no
+/// further requests. One whose request does not come to its end is cut.
+async fn until_closed<C, E>(
     connection: C,
-    shut_down: impl FnOnce(Pin<&mut C>),
+    shut_down: impl Fn(Pin<&mut C>),
     closing: &CancellationToken,
-) -> hyper::Result<()> {
+    expired: impl Fn() -> E,
+) -> hyper::Result<()>
+where
+    C: Future<Output = hyper::Result<()>>,
+    E: Future<Output = Expired>,
+{
     let mut connection = pin!(connection);
-    tokio::select! {
-        result = connection.as_mut() => result,
-        () = closing.cancelled() => {
-            shut_down(connection.as_mut());
-            connection.await
+    let mut leaving = false;
+    loop {
+        tokio::select! {
+            result = connection.as_mut() => return result,
+            () = closing.cancelled(), if !leaving => {}
+            // A request that comes at this very moment is still answered; half a one is not.
+            expired = expired() => {
+                if leaving || expired == Expired::Head {
+                    return Ok(());
+                }
+            }
         }
+        leaving = true;
+        shut_down(connection.as_mut());
     }
 }

@@ -22,13 +22,23 @@ use tokio::sync::watch;
 /// The most texts that one request may ask for, over all its prompts.
 const MAX_CHOICES: usize = 1024;
 
+/// What requests may take of the whole server, whatever their task allows; `None` bounds nothing more.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Caps {
+    /// Requests that are being worked on at once, over all wires.
+    pub requests: Option<usize>,
+    /// Tokens of one prompt, as the model sees it.
+    pub input_tokens: Option<usize>,
+}
+
 /// Everything that a request needs.
 pub struct Service {
     catalog: Catalog,
     encoder: Encoder,
     engine: EngineHandle,
     metrics: Arc<Metrics>,
-    /// Tickets that are not dropped yet.
+    caps: Caps,
+    /// Requests that are being admitted, and tickets that are not dropped yet.
     in_flight: watch::Sender<usize>,
 }
 
@@ -44,7 +54,18 @@ impl Service {
     ) -> Self {
         let encoder = Encoder::new(prompts.tokenizer().clone(), ends);
         let catalog = Catalog::new(tasks, prompts, adapters);
-        Self { catalog, encoder, engine, metrics, in_flight: watch::Sender::new(0) }
+        let (caps, in_flight) = (Caps::default(), watch::Sender::new(0));
+        Self { catalog, encoder, engine, metrics, caps, in_flight }
+    }
+
+    /// The same, with caps.
+    pub fn with_caps(self, caps: Caps) -> Self {
+        Self { caps, ..self }
+    }
+
+    /// What requests may take of the whole server.
+    pub fn caps(&self) -> Caps {
+        self.caps
     }
 
     /// Returns when no request is being worked on.
@@ -117,6 +138,7 @@ impl Service {
         let found = self.catalog.find(&request.model)?;
         meter.task(&found.0, &request.controls);
         let capacity = self.engine.ready()?;
+        let in_flight = self.enter()?;
         let target = self.catalog.target(&request, found, &self.engine)?;
         request.record.note(|facts| {
             facts.model = Some(request.model.clone());
@@ -166,9 +188,18 @@ impl Service {
             seed,
             deadline: request.deadline,
             first_token_deadline: request.first_token_deadline,
-            in_flight: InFlight::new(&self.in_flight),
+            in_flight,
         };
         Ok((terms, sources))
+    }
+
+    /// Takes one of the places that there are for requests at once.
+    fn enter(&self) -> Result<InFlight> {
+        let most = self.caps.requests.unwrap_or(usize::MAX);
+        InFlight::new(&self.in_flight, most).ok_or_else(|| {
+            let message = format!("{most} requests are under way, which is the most at once");
+            Error::new(Kind::Overloaded, message)
+        })
     }
 
     fn check_ids(&self, params: &Params, capacity: &Capacity) -> Result<()> {
@@ -205,7 +236,8 @@ impl Service {
         capacity: Capacity,
     ) -> Result<Vec<Prompt>> {
         let Target { task, raw, prompts, .. } = target;
-        let subject = Subject { prompts: prompts.clone(), task: task.clone(), raw: *raw };
+        let most = self.caps.input_tokens;
+        let subject = Subject { prompts: prompts.clone(), task: task.clone(), raw: *raw, most };
         self.encoder.encode(subject, request, capacity).await
     }
 }

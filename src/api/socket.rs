@@ -1,6 +1,8 @@
-//! A socket whose other side must go on reading, and may have to begin in time. hyper bounds how long a
-//! head may take to come, but not how long an answer may take to leave, nor when HTTP/2 must begin.
+//! A socket whose other side must go on reading, and may have to begin in time: hyper bounds neither how
+//! long an answer may take to leave nor when HTTP/2 must begin. What comes in is told to the connection's
+//! [`Pulse`].
 
+use super::pulse::Pulse;
 use std::io::{Error, ErrorKind, IoSlice, Result};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -12,6 +14,7 @@ use tokio::time::{Sleep, sleep};
 pub struct Impatient<T> {
     inner: T,
     limit: Duration,
+    pulse: Pulse,
     /// Runs while a write waits.
     stalled: Option<Pin<Box<Sleep>>>,
     /// Bytes that are still to be read before it ends.
@@ -19,9 +22,9 @@ pub struct Impatient<T> {
 }
 
 impl<T> Impatient<T> {
-    /// Watches the writes to `inner`.
-    pub fn new(inner: T, limit: Duration) -> Self {
-        Self { inner, limit, stalled: None, greeting: None }
+    /// Watches the writes to `inner`, and tells `pulse` of what is read.
+    pub fn new(inner: T, limit: Duration, pulse: Pulse) -> Self {
+        Self { inner, limit, pulse, stalled: None, greeting: None }
     }
 
     /// The same, whose first `bytes` must come within `limit`.
@@ -55,6 +58,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for Impatient<T> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.inner).poll_read(cx, buffer);
         let come = buffer.filled().len() - before;
+        if come > 0 {
+            self.pulse.bytes();
+        }
         self.greeting = self.greeting.take().and_then(|(left, late)| {
             let left = left.checked_sub(come).filter(|left| *left > 0)?;
             Some((left, late))
@@ -103,7 +109,7 @@ mod tests {
     #[tokio::test]
     async fn only_a_write_that_stands_still_fails() {
         let (near, mut far) = duplex(8);
-        let mut socket = Impatient::new(near, Duration::from_millis(20));
+        let mut socket = Impatient::new(near, Duration::from_millis(20), Pulse::new());
         socket.write_all(b"12345678").await.unwrap();
         let error = socket.write_all(b"9").await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
@@ -117,7 +123,7 @@ mod tests {
         let limit = Duration::from_millis(20);
         for (said, in_time) in [(&b"123"[..], false), (b"1234", true), (b"12345", true)] {
             let (near, mut far) = duplex(8);
-            let mut socket = Impatient::new(near, limit).greeted_within(4, limit);
+            let mut socket = Impatient::new(near, limit, Pulse::new()).greeted_within(4, limit);
             far.write_all(said).await.unwrap();
             let mut read = [0; 8];
             assert_eq!(socket.read(&mut read).await.unwrap(), said.len());

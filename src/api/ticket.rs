@@ -120,14 +120,18 @@ pub struct Terms {
     pub in_flight: InFlight,
 }
 
-/// One ticket in the count of those that are not dropped yet.
+/// One request in the count of those that are being worked on.
 pub struct InFlight(watch::Sender<usize>);
 
 impl InFlight {
-    /// Counts one more, until it is dropped.
-    pub fn new(count: &watch::Sender<usize>) -> Self {
-        count.send_modify(|n| *n += 1);
-        Self(count.clone())
+    /// Counts one more, until it is dropped; `None` if there are `most`.
+    pub fn new(count: &watch::Sender<usize>, most: usize) -> Option<Self> {
+        let enters = count.send_if_modified(|n| {
+            let enters = *n < most;
+            *n += usize::from(enters);
+            enters
+        });
+        enters.then(|| Self(count.clone()))
     }
 }
 

@@ -3,14 +3,15 @@
 use super::{Outcome, set_threads};
 use anyhow::{Context, Result, anyhow, bail};
 use shoal::adapter::registry::{Bounds, Registry, Wanted};
-use shoal::api::{self, Admin, App, Ended, Limits, Listeners, Service};
+use shoal::api::{self, App, Caps, Ended, Keys, Limits, Listeners, Service};
 use shoal::bundle::{Bundle, check_all};
-use shoal::config::{LogFormat, Serve};
+use shoal::config::{self, LogFormat, Serve};
 use shoal::engine::{EngineHandle, Settings, State};
 use shoal::metrics::Metrics;
 use shoal::model::LoadOptions;
 use shoal::telemetry::{self, traces::Traces};
 use std::io::Write;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
@@ -45,7 +46,7 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
     let mut bundle = Bundle::open(&args.bundle, args.served_model_name.as_deref())?;
     let metrics = Arc::new(Metrics::new(&bundle.tasks.names()));
     metrics.startup("bundle", started.elapsed().as_secs_f64());
-    let admin_key = args.adapters.admin_key().map_err(anyhow::Error::msg)?;
+    let keys = keys(&args.keys, listeners.http.local_addr()?)?;
     let adapters = adapters(args, &mut bundle, &metrics)?;
     let (engine, core) = start_engine(args, &bundle, &metrics);
     let announcement = announcement(args, &bundle, &listeners)?;
@@ -56,7 +57,6 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         bail!("--adapter-root {}: no such folder", missing.display());
     }
     let root = root.unwrap_or_else(|| args.bundle.join("adapters"));
-    let admin = admin_key.map(|key| Admin::new(&key, root));
     let service = Service::new(
         bundle.tasks,
         bundle.prompts,
@@ -64,18 +64,16 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
         ends,
         engine.clone(),
         metrics.clone(),
-    );
-    let limits = Limits {
-        max_body_bytes: args.max_body_bytes,
-        body_timeout: args.body_timeout,
-        keep_alive: args.keep_alive,
-        write_timeout: args.write_timeout,
-        max_connections: args.max_connections(),
-        max_streams: args.max_streams,
-        ..Limits::default()
-    };
+    )
+    .with_caps(Caps {
+        requests: args.max_concurrent_requests,
+        input_tokens: args.max_input_tokens,
+    });
     let traces = traces(args)?;
-    let app = App::new(service, limits, dtype).with_admin(admin).with_traces(traces.clone());
+    let app = App::new(service, limits(args), dtype)
+        .with_keys(keys, root)
+        .with_origins(&args.keys.cors_allow_origin)
+        .with_traces(traces.clone());
     tokio::spawn(announce(engine, metrics, announcement, started));
     let ended = api::serve(listeners, Arc::new(app), args.shutdown_timeout, stop).await;
     if let Some(traces) = traces {
@@ -93,6 +91,22 @@ async fn serve(args: &Serve, started: Instant) -> Result<Outcome> {
             Outcome::Done
         }
     })
+}
+
+/// What clients may cost.
+fn limits(args: &Serve) -> Limits {
+    Limits {
+        max_body_bytes: args.max_body_bytes,
+        max_header_bytes: args.max_header_bytes,
+        max_headers: args.max_headers,
+        body_timeout: args.body_timeout,
+        idle_timeout: args.idle_timeout,
+        keep_alive: args.keep_alive,
+        write_timeout: args.write_timeout,
+        max_connections: args.max_connections(),
+        max_streams: args.max_streams,
+        ..Limits::default()
+    }
 }
 
 /// Where traces go, if anywhere.
@@ -113,6 +127,24 @@ async fn listen(args: &Serve) -> Result<Listeners> {
     let http = bind(args.port).await?;
     let grpc = if args.no_grpc { None } else { Some(bind(args.grpc_port).await?) };
     Ok(Listeners { http, grpc })
+}
+
+/// The keys of those who may ask and administer; a server that all who reach it may use says so.
+fn keys(args: &config::Keys, address: SocketAddr) -> Result<Keys> {
+    let mut keys = Keys::default().with_metrics_public(args.metrics_public);
+    for named in args.api().map_err(anyhow::Error::msg)? {
+        keys = keys.with_api_key(named.name.as_deref(), named.key.reveal());
+    }
+    if let Some(key) = args.admin().map_err(anyhow::Error::msg)? {
+        keys = keys.with_admin_key(key.reveal());
+    }
+    if keys.are_open() && !address.ip().is_loopback() {
+        tracing::warn!(
+            "ANYBODY WHO REACHES {address} MAY USE THIS SERVER: it listens beyond this machine and \
+             has no API keys; see --api-key-file"
+        );
+    }
+    Ok(keys)
 }
 
 /// The bundle's adapters and those that were named; what a task needs is never given up.

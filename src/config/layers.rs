@@ -26,6 +26,7 @@ const PRINT: &str = "print_config";
 const ALIASES: &[(&str, &str)] = &[
     ("port", "PORT"),
     ("log", "RUST_LOG"),
+    ("api_keys", "SHOAL_API_KEY"),
     ("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
     ("otlp_service_name", "OTEL_SERVICE_NAME"),
 ];
@@ -199,9 +200,9 @@ impl File {
         };
         let mut file = Self { path: path.to_string_lossy().into_owned(), ..Self::default() };
         let text = fs::read_to_string(&path).map_err(|e| e.to_string());
-        let table = text.and_then(|text| text.parse::<Table>().map_err(|e| e.to_string()));
+        let table = text.and_then(|text| text.parse::<Table>().map_err(|e| at_line(&text, &e)));
         let table = table.unwrap_or_else(|e| {
-            faults.push(format!("{}: {}", file.path, e.trim_end()));
+            faults.push(format!("{}: {e}", file.path));
             Table::new()
         });
         let ids = |c: &Command| -> Vec<String> {
@@ -229,6 +230,12 @@ impl File {
     }
 }
 
+/// What is wrong with a file's syntax, and in which line. Not the line itself: it may hold a key.
+fn at_line(text: &str, error: &toml::de::Error) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    format!("line {}: {}", before.matches('\n').count() + 1, error.message())
+}
+
 /// A TOML value as it would be written after a flag.
 fn texts(value: &Value) -> Option<Vec<String>> {
     match value {
@@ -243,8 +250,9 @@ fn texts(value: &Value) -> Option<Vec<String>> {
 
 /// Whether the argument takes these values; the error says what it takes.
 fn check(sub: &Command, arg: &Arg, found: &Found) -> Result<(), String> {
-    let fault =
-        |reason: &str| Err(format!("{} is {}: {reason}", found.place, found.values.join(", ")));
+    // What is hidden is a secret.
+    let value = if arg.is_hide_set() { "not possible".into() } else { found.values.join(", ") };
+    let fault = |reason: &str| Err(format!("{} is {value}: {reason}", found.place));
     if is_flag(arg) {
         return match found.values.as_slice() {
             [value] if value == "true" || value == "false" => Ok(()),

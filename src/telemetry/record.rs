@@ -22,6 +22,8 @@ pub struct Record {
 /// What was found out so far.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
+    /// The name of the key that it came with; never the key.
+    pub key: Option<Arc<str>>,
     /// The task, the bundle or the adapter that it is for, once that is known to exist.
     pub model: Option<String>,
     /// What is done with it, as OpenTelemetry calls it.

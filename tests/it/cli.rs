@@ -268,21 +268,115 @@ async fn serve_says_where_answers_and_leaves_on_sigterm() {
         .stdout(Stdio::piped())
         .spawn();
     let Running(server) = &mut Running(server.unwrap());
-    let mut said = BufReader::new(server.stdout.take().unwrap());
-    let mut line = String::new();
-    said.read_line(&mut line).unwrap();
+    let (line, client) = announced(server);
     assert!(line.starts_with("serving tiny (0.0M parameters, f32; tasks: image)"), "{line}");
-    let (_, address) = line.split_once("http://").unwrap();
-    let (address, _) = address.split_once(',').unwrap();
-    let client = Client(address.parse().unwrap());
     let body = json!({"input": "a fox<|gen|>", "controls": {"words": 20}, "max_tokens": 4,
         "ignore_eos": true});
     let reply = client.post("/v1/tasks/image/generate", &body).await;
     assert_eq!(reply.status, 200);
     assert_eq!(reply.json()["usage"]["completion_tokens"], 4);
+    terminate(server);
+}
+
+/// What a server says once it is ready, and a client of it.
+fn announced(server: &mut Child) -> (String, Client) {
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let (_, address) = line.split_once("http://").unwrap();
+    let (address, _) = address.split_once(',').unwrap();
+    let client = Client(address.parse().unwrap());
+    (line, client)
+}
+
+/// Ends a server, which must end well.
+fn terminate(server: &mut Child) {
     let kill = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().unwrap();
     assert!(kill.success());
     assert_eq!(server.wait().unwrap().code(), Some(0));
+}
+
+#[tokio::test]
+async fn keys_are_asked_for_and_never_said() {
+    let dir = bundle();
+    let (keys, log) = (dir.path().join("keys"), dir.path().join("log"));
+    fs::write(&keys, "# two\nweb: sk-0123456789abcdef\n").unwrap();
+    let args = ["serve", path(&dir), "--port", "0", "--api-key-file", keys.to_str().unwrap()];
+    let server = shoal(&args)
+        .args(["--enable-adapter-admin", "--host", "0.0.0.0"])
+        .env("SHOAL_API_KEYS", "sk-second0123456789,ci: sk-third0123456789")
+        .env("SHOAL_ADMIN_KEY", "sk-admin0123456789")
+        .env("SHOAL_LOG", "trace")
+        .stdout(Stdio::piped())
+        .stderr(fs::File::create(&log).unwrap())
+        .spawn();
+    let Running(server) = &mut Running(server.unwrap());
+    let (_, client) = announced(server);
+    let ask = async |key: &str, path: &str| {
+        let value = format!("Bearer {key}");
+        client.get_with(path, &[("authorization", &value)]).await.status
+    };
+    for key in ["sk-0123456789abcdef", "sk-second0123456789", "sk-third0123456789"] {
+        assert_eq!((ask(key, "/info").await, ask(key, "/v1/adapters").await), (200, 403));
+    }
+    assert_eq!(ask("sk-admin0123456789", "/v1/adapters").await, 200);
+    assert_eq!(ask("sk-unknown0123456789", "/info").await, 401);
+    terminate(server);
+    let said = fs::read_to_string(&log).unwrap();
+    assert!(said.contains("key=\"ci\"") && !said.contains("sk-"), "{said}");
+    assert!(!said.contains("ANYBODY"), "{said}");
+}
+
+#[tokio::test]
+async fn serving_everybody_is_said_aloud() {
+    let dir = bundle();
+    for (host, loud) in [("0.0.0.0", true), ("127.0.0.1", false)] {
+        let log = dir.path().join("log");
+        let server = shoal(&["serve", path(&dir), "--port", "0", "--host", host])
+            .stdout(Stdio::piped())
+            .stderr(fs::File::create(&log).unwrap())
+            .spawn();
+        let Running(server) = &mut Running(server.unwrap());
+        announced(server);
+        terminate(server);
+        let said = fs::read_to_string(&log).unwrap();
+        assert_eq!(said.contains("ANYBODY WHO REACHES 0.0.0.0:"), loud, "{said}");
+    }
+}
+
+#[test]
+fn no_complaint_about_the_configuration_says_a_key() {
+    let dir = bundle();
+    let file = dir.path().join("shoal.toml");
+    let serve = |environment: &[(&str, &str)], more: &[&str]| {
+        let mut command = shoal(&["serve", path(&dir), "--port", "0"]);
+        command.args(more).envs(environment.iter().copied());
+        let output = command.output().unwrap();
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert!(!said.contains("sk-"), "{said}");
+        (output.status.code(), said)
+    };
+    let config = ["--config", file.to_str().unwrap()];
+    for (toml, want) in [
+        ("port = 1\nadmin_key = sk-0123456789abcdef\n", "shoal.toml: line 2: "),
+        ("admin_key = [\"sk-0123456789abcdef\", \"sk-1\"]", "admin_key is not possible"),
+        ("api_keys = { web = \"sk-0123456789abcdef\" }", "api_keys must be a value or a list"),
+    ] {
+        fs::write(&file, toml).unwrap();
+        let (code, said) = serve(&[], &config);
+        assert!(code == Some(64) && said.contains(want), "{said}");
+    }
+    for (environment, want) in [
+        (("SHOAL_API_KEYS", "sk-short"), "SHOAL_API_KEYS, key 1; allowed: 16 or more"),
+        (("SHOAL_API_KEY", "sk-sho\u{e9}t-and-long-enough"), "SHOAL_API_KEYS, key 1; allowed"),
+        (("SHOAL_API_KEYS", " , "), "has no key"),
+    ] {
+        let (code, said) = serve(&[environment], &[]);
+        assert!(code == Some(1) && said.contains(want), "{said}");
+    }
+    let secrets =
+        [("SHOAL_API_KEY", "sk-0123456789abcdef"), ("SHOAL_ADMIN_KEY", "sk-admin0123456789")];
+    let (code, printed) = serve(&secrets, &["--print-config", "--cors-allow-origin", "*"]);
+    assert!(code == Some(0) && printed.contains("cors_allow_origin = [\"*\"]"), "{printed}");
 }
 
 /// A recipe of more steps than anybody waits for, with its data.

@@ -24,10 +24,14 @@ mod harness;
 mod http;
 /// Which experts and adapters work for which task.
 mod inspect;
+/// Who may ask, with which key, from which page.
+mod keys;
 /// Who may import whom; `unsafe`, candle and long files.
 mod layout;
 /// Start, overload, deadlines, clients that leave, failing steps, drain.
 mod lifecycle;
+/// What a client may cost.
+mod limits;
 /// What `/metrics` says after known traffic.
 mod metrics;
 /// The native wire, which knows tasks.

@@ -18,8 +18,10 @@ use super::App;
 use super::http::call::Head;
 use super::http::{self, observe, panic_error};
 use crate::error::{Error, Kind};
+use crate::telemetry::Record;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{Extension, Request, State};
+use axum::middleware::Next;
 use axum::response::Response;
 use axum::{Router, middleware};
 use proto::shoal_server::ShoalServer;
@@ -50,7 +52,8 @@ impl App {
         let router = mount(Router::new(), self, shoal);
         let router = mount(router, self, HealthServer::new(health::Health(self.clone())));
         let router = reflection(router, self);
-        self.around(router.fallback(no_such_method))
+        let guard = middleware::from_fn_with_state(self.clone(), guard);
+        self.around(router.fallback(no_such_method).layer(guard))
     }
 
     /// The routes of a connection beyond the limit: everything is refused.
@@ -76,6 +79,19 @@ fn reflection(router: Router, app: &Arc<App>) -> Router {
     let broken = "the descriptors are the compiler's";
     let router = mount(router, app, builder().build_v1().expect(broken));
     mount(router, app, builder().build_v1alpha().expect(broken))
+}
+
+/// The middleware that asks for keys. Over HTTP/2 a client that is still writing hears the answer.
+async fn guard(
+    State(app): State<Arc<App>>,
+    Extension(record): Extension<Arc<Record>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    match app.let_in(&record, &request) {
+        Ok(()) => next.run(request).await,
+        Err(error) => refusal(&error),
+    }
 }
 
 async fn no_such_method() -> Response {

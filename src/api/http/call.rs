@@ -125,6 +125,12 @@ pub fn check_encoding(headers: &HeaderMap) -> Result<()> {
     }
 }
 
+/// Reads a body that nobody looks at, within the same limits, so that its client hears the answer.
+pub async fn discard(body: Body, limits: &Limits) {
+    // However it ends, the answer is the same.
+    let _ = tokio::time::timeout(limits.body_timeout, read(body, 0)).await;
+}
+
 /// The fields of a body that says of itself that it is JSON.
 pub fn json_fields(headers: &HeaderMap, body: &[u8]) -> Result<Fields> {
     let media = headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or("");

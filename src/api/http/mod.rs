@@ -4,6 +4,7 @@
 
 pub mod answer;
 pub mod call;
+mod cors;
 pub mod debug;
 pub mod fields;
 pub mod grammar;
@@ -13,7 +14,8 @@ pub mod observe;
 pub mod params;
 pub mod respond;
 
-use super::{Admin, Service, admin, native, oip, openai, tgi};
+use super::keys::{self, Keys};
+use super::{Service, admin, native, oip, openai, tgi};
 use crate::error::{Error, Kind, Result};
 use crate::telemetry::traces::Traces;
 use axum::body::Body;
@@ -23,14 +25,16 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Router, middleware};
-use call::{Call, Head, check_encoding, json_fields, read_body};
+use call::{Call, Head, check_encoding, discard, json_fields, read_body};
 use fields::Fields;
 use respond::{Wording, reword};
 use std::any::Any;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
 
 /// When to come back to a replica that has no connection left.
 const RETRY_FULL: Duration = Duration::from_secs(1);
@@ -40,8 +44,14 @@ const RETRY_FULL: Duration = Duration::from_secs(1);
 pub struct Limits {
     /// Largest body.
     pub max_body_bytes: usize,
+    /// Largest head, with its first line.
+    pub max_header_bytes: usize,
+    /// Most headers.
+    pub max_headers: usize,
     /// Longest time for the head, and again for the body, to arrive.
     pub body_timeout: Duration,
+    /// How long a connection may stay open without a request.
+    pub idle_timeout: Duration,
     /// Silence on a stream after which a comment is sent, or on a connection of gRPC a ping.
     pub keep_alive: Duration,
     /// How long a client may take nothing of what is written to it.
@@ -58,7 +68,10 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_body_bytes: 2 << 20,
+            max_header_bytes: 32 << 10,
+            max_headers: 100,
             body_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(120),
             keep_alive: Duration::from_secs(10),
             write_timeout: Duration::from_secs(30),
             max_connections: 1024,
@@ -74,8 +87,12 @@ pub struct App {
     pub service: Service,
     /// What clients may cost.
     pub limits: Limits,
-    /// Who may change the server, if anybody.
-    pub admin: Option<Admin>,
+    /// Who may ask, and who may change the server.
+    pub keys: Keys,
+    /// Web pages of other origins that may ask, if any.
+    pub cors: Option<CorsLayer>,
+    /// While serving, adapters are loaded from below this folder only.
+    pub adapter_root: PathBuf,
     /// The bundle's id.
     pub bundle: Arc<str>,
     /// Where traces of requests go, if anywhere.
@@ -92,17 +109,32 @@ pub struct App {
 pub type Segment = Result<Path<String>, PathRejection>;
 
 impl App {
-    /// An app that nobody may change.
+    /// An app that all may ask and nobody may change.
     pub fn new(service: Service, limits: Limits, dtype: impl Into<String>) -> Self {
         let bundle = service.catalog().listing().tasks.bundle().name.as_str().into();
         let created = answer::unix_time();
-        let (dtype, closing) = (dtype.into(), CancellationToken::new());
-        Self { service, limits, admin: None, bundle, traces: None, dtype, created, closing }
+        Self {
+            service,
+            limits,
+            keys: Keys::default(),
+            cors: None,
+            adapter_root: PathBuf::new(),
+            bundle,
+            traces: None,
+            dtype: dtype.into(),
+            created,
+            closing: CancellationToken::new(),
+        }
     }
 
-    /// The same, to be changed by some.
-    pub fn with_admin(self, admin: Option<Admin>) -> Self {
-        Self { admin, ..self }
+    /// The same, for those who hold `keys`; whoever may change it loads adapters from `adapter_root`.
+    pub fn with_keys(self, keys: Keys, adapter_root: PathBuf) -> Self {
+        Self { keys, adapter_root, ..self }
+    }
+
+    /// The same, for web pages of these origins too; `*` is every origin.
+    pub fn with_origins(self, origins: &[String]) -> Self {
+        Self { cors: cors::layer(origins), ..self }
     }
 
     /// The same, with traces of its requests.
@@ -112,7 +144,7 @@ impl App {
 
     /// The routes.
     pub fn router(self: Arc<Self>) -> Router {
-        Router::new()
+        let router = Router::new()
             .merge(openai::routes())
             .merge(native::routes())
             .merge(tgi::routes())
@@ -128,6 +160,13 @@ impl App {
             .route("/metrics", get(metrics))
             .fallback(not_found)
             .method_not_allowed_fallback(method_not_allowed)
+            .layer(middleware::from_fn_with_state(self.clone(), keys::guard));
+        // Around the guard: browsers ask without a key what they may ask.
+        let router = match self.cors.clone() {
+            Some(cors) => router.layer(cors),
+            None => router,
+        };
+        router
             .layer(CatchPanicLayer::custom(panicked))
             .layer(middleware::from_fn_with_state(wording as fn(&str) -> _, reword))
             .layer(middleware::from_fn_with_state(self.traces.clone(), observe::observe))
@@ -190,8 +229,7 @@ async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
 pub async fn full(State(app): State<Arc<App>>, head: Head, body: Body) -> Error {
     let error = Error::new(Kind::Unavailable, "too many connections").with_retry_after(RETRY_FULL);
     app.service.count_refused(&head.record, &error);
-    // What it holds does not matter.
-    let _ = read_body(body, &app.limits).await;
+    discard(body, &app.limits).await;
     error
 }
 

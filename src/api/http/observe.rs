@@ -88,6 +88,7 @@ impl Drop for Line {
             status,
             bytes = self.bytes,
             ms = ms(now() - self.record.arrived),
+            key = facts.key.as_deref(),
             task = facts.model,
             adapter = (!facts.adapters.is_empty()).then(|| facts.adapters.join("+")),
             outcome = facts.outcome,

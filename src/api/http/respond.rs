@@ -84,6 +84,10 @@ impl IntoResponse for Error {
     fn into_response(self) -> Response {
         log(&self);
         let mut response = json(status(&self), error_body(&self));
+        if self.kind == Kind::Unauthenticated {
+            let scheme = HeaderValue::from_static("Bearer");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+        }
         if let Some(seconds) = tell(&self).retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

@@ -4,7 +4,7 @@ use super::client::Reply;
 use super::server::{BUNDLE, Server, Setup, bundle};
 use serde_json::{Value, json};
 use shoal::adapter::registry::{Bounds, Registry};
-use shoal::api::Admin;
+use shoal::api::Keys;
 use shoal::config::Dtype;
 use shoal::engine::State;
 use shoal::kernels::Precision;
@@ -62,7 +62,8 @@ impl Server {
         let setup = Setup {
             adapters: Some(Arc::new(Registry::new(shape, bounds, metrics.clone()))),
             metrics: Some(metrics),
-            admin: Some(Admin::new(KEY, root.to_owned())),
+            keys: Keys::default().with_admin_key(KEY),
+            adapter_root: root.to_owned(),
             ..Setup::default()
         };
         Self::over(&folder, setup).await

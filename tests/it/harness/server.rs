@@ -3,7 +3,7 @@
 use super::client::Client;
 use serde_json::{Value, json};
 use shoal::adapter::registry::Registry;
-use shoal::api::{Admin, App, Ended, Limits, Listeners, Service, serve};
+use shoal::api::{App, Caps, Ended, Keys, Limits, Listeners, Service, serve};
 use shoal::engine::fake::FakeRunner;
 use shoal::engine::{EngineHandle, Settings, State, start};
 use shoal::ids::TaskId;
@@ -14,6 +14,7 @@ use shoal::task::{Control, ControlKind, Slo, Task, TaskTable};
 use shoal::telemetry::traces::Traces;
 use shoal::text::{Prompts, Tokenizer};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -111,7 +112,10 @@ pub struct Setup {
     pub shutdown_timeout: Duration,
     pub adapters: Option<Arc<Registry>>,
     pub metrics: Option<Arc<Metrics>>,
-    pub admin: Option<Admin>,
+    pub keys: Keys,
+    pub adapter_root: PathBuf,
+    pub origins: Vec<String>,
+    pub caps: Caps,
     pub traces: Option<Arc<Traces>>,
 }
 
@@ -125,7 +129,10 @@ impl Default for Setup {
             shutdown_timeout: Duration::from_secs(60),
             adapters: None,
             metrics: None,
-            admin: None,
+            keys: Keys::default(),
+            adapter_root: PathBuf::new(),
+            origins: Vec::new(),
+            caps: Caps::default(),
             traces: None,
         }
     }
@@ -170,9 +177,13 @@ impl Server {
         let (engine, thread) = start(build, &tasks, setup.settings, metrics.clone());
         let prompts = Prompts::new(&tasks, setup.tokenizer).unwrap();
         let ends = prompts.tokenizer().token_id("<|endoftext|>").into_iter().collect();
-        let service = Service::new(tasks, prompts, setup.adapters, ends, engine.clone(), metrics);
-        let app = App::new(service, setup.limits, "f32");
-        let app = Arc::new(app.with_admin(setup.admin).with_traces(setup.traces));
+        let service = Service::new(tasks, prompts, setup.adapters, ends, engine.clone(), metrics)
+            .with_caps(setup.caps);
+        let app = App::new(service, setup.limits, "f32")
+            .with_keys(setup.keys, setup.adapter_root)
+            .with_origins(&setup.origins)
+            .with_traces(setup.traces);
+        let app = Arc::new(app);
         let (signals, stop) = mpsc::channel(2);
         let serving = tokio::spawn(serve(listeners, app, setup.shutdown_timeout, stop));
         Self { client, grpc_address, engine, signals, thread: Some(thread), serving }
