@@ -32,10 +32,14 @@ async fn server(keys: Keys, origins: &[&str]) -> Server {
     Server::with(Setup { keys, origins, ..Setup::default() }, repeater()).await
 }
 
-/// The path of every route that a file below `folder` registers.
+/// The path of every route over HTTP that a file below `folder` registers.
 fn routes(folder: &Path, found: &mut Vec<String>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        if path.ends_with("grpc") {
+            // Its paths are those of the descriptors.
+            continue;
+        }
         if path.is_dir() {
             routes(&path, found);
             continue;
