@@ -38,6 +38,8 @@ mod metrics;
 mod native;
 /// KServe's Open Inference Protocol.
 mod oip;
+/// The same over gRPC.
+mod oip_grpc;
 /// Text-generation-inference's wire.
 mod tgi;
 /// From examples to an endpoint.

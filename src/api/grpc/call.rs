@@ -18,16 +18,18 @@ use tonic::{Code, Status};
 /// The header that client libraries make of a call's deadline.
 const TIMEOUT: &str = "grpc-timeout";
 
-/// Hands what a message asks for to the service. What cannot be understood is counted here.
-pub async fn submit<T>(
+/// Hands what a message asks for to the service; what else was understood of it comes back. What cannot
+/// be understood is counted here.
+pub async fn submit<T, U>(
     app: &App,
-    request: tonic::Request<T>,
-    understand: impl FnOnce(T, &Call) -> Result<Request>,
-) -> Result<Ticket> {
-    let head = Head::new(request.metadata().as_ref(), request.extensions());
-    let read = || understand(request.into_inner(), &call(&head)?);
-    let asked = read().inspect_err(|error| app.service.count_refused(&head.record, error))?;
-    app.service.submit(asked).await
+    head: &Head,
+    message: T,
+    understand: impl FnOnce(T, &Call) -> Result<(Request, U)>,
+) -> Result<(Ticket, U)> {
+    let read = || understand(message, &call(head)?);
+    let (asked, rest) =
+        read().inspect_err(|error| app.service.count_refused(&head.record, error))?;
+    Ok((app.service.submit(asked).await?, rest))
 }
 
 /// What the head of a call says.

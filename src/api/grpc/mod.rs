@@ -1,4 +1,4 @@
-//! The wires over gRPC: Shoal's own, health and reflection. What all of them share stands here: the
+//! The wires over gRPC: Shoal's own, KServe's (in [`oip`]), health and reflection. What all of them share stands here: the
 //! generated messages, the routes, how a call's one message is read, and its identity and deadlines.
 //!
 //! A call passes through the same middleware as a request over HTTP: its id, its line in the access log,
@@ -14,7 +14,7 @@ mod status;
 pub use call::{call, submit};
 pub use status::{refusal, status};
 
-use super::App;
+use super::{App, oip};
 use super::http::call::Head;
 use super::http::{self, observe, panic_error};
 use crate::error::{Error, Kind};
@@ -24,6 +24,7 @@ use axum::extract::{Extension, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use axum::{Router, middleware};
+use inference::grpc_inference_service_server::{self, GrpcInferenceServiceServer};
 use proto::shoal_server::ShoalServer;
 use route::{SETS, mount};
 use std::any::Any;
@@ -38,18 +39,27 @@ pub mod proto {
     tonic::include_proto!("shoal.v1");
 }
 
+/// The messages, client and server of KServe's protocol.
+#[allow(missing_docs, unused_qualifications, clippy::too_many_lines)]
+pub mod inference {
+    tonic::include_proto!("inference");
+}
+
 /// Every file below `proto/` and what they import, encoded.
 pub const DESCRIPTORS: &[u8] = tonic::include_file_descriptor_set!("descriptors");
 
 /// The services that do work, by their full names.
-const SERVICES: [&str; 1] = [proto::shoal_server::SERVICE_NAME];
+const SERVICES: [&str; 2] =
+    [proto::shoal_server::SERVICE_NAME, grpc_inference_service_server::SERVICE_NAME];
 
 impl App {
     /// The routes of the gRPC port.
     pub fn grpc_router(self: &Arc<Self>) -> Router {
         let most = self.limits.max_body_bytes;
         let shoal = ShoalServer::new(shoal::Wire(self.clone())).max_decoding_message_size(most);
+        let inference = GrpcInferenceServiceServer::new(oip::Wire(self.clone()));
         let router = mount(Router::new(), self, shoal);
+        let router = mount(router, self, inference.max_decoding_message_size(most));
         let router = mount(router, self, HealthServer::new(health::Health(self.clone())));
         let router = reflection(router, self);
         let guard = middleware::from_fn_with_state(self.clone(), guard);

@@ -6,7 +6,7 @@ use super::proto::{self, generate_request, shoal_server};
 use super::status::status;
 use crate::api::App;
 use crate::api::http::answer::{Tokens, server_timing};
-use crate::api::http::call::{Call, milliseconds};
+use crate::api::http::call::{Call, Head, milliseconds};
 use crate::api::http::debug::Debug;
 use crate::api::http::fields::missing;
 use crate::api::native::{NativeWriter, Piece, renamed};
@@ -67,8 +67,10 @@ impl Wire {
         &self,
         request: tonic::Request<proto::GenerateRequest>,
     ) -> Result<(Ticket, NativeWriter), Status> {
-        let ticket = submit(&self.0, request, understand).await;
-        let ticket = ticket.map_err(|error| status(&named(error)))?;
+        let head = Head::new(request.metadata().as_ref(), request.extensions());
+        let read = |message, call: &_| Ok((understand(message, call)?, ()));
+        let ticket = submit(&self.0, &head, request.into_inner(), read).await;
+        let (ticket, ()) = ticket.map_err(|error| status(&named(error)))?;
         let writer = NativeWriter::new(&self.0.service, &ticket, self.0.bundle.clone());
         Ok((ticket, writer))
     }
@@ -128,6 +130,7 @@ fn params(message: &proto::GenerateRequest) -> Params {
         ignore_eos: message.ignore_eos,
         echo: message.echo,
         n: message.n,
+        truncate: None,
     }
 }
 

@@ -122,7 +122,7 @@ fn with_controls(mut given: Map<String, Value>, task: &Task) -> Result<Map<Strin
 fn texts(tensor: Tensor) -> Result<(Vec<String>, bool)> {
     let fault = |message| Err(Error::invalid(INPUT, message));
     if tensor.datatype != Datatype::Bytes {
-        return fault(format!("{INPUT} is {:?}; allowed: BYTES", tensor.datatype));
+        return fault(format!("{INPUT} is {}; allowed: BYTES", tensor.datatype));
     }
     let column = match tensor.shape[..] {
         [n] if n > 0 => false,

@@ -6,9 +6,12 @@
 //! stand in bytes and in JSON. Invariants: health is the truth of the probes; there is one version, 1.
 
 mod generate;
+mod grpc;
 mod http;
 mod infer;
 mod tensor;
+
+pub use grpc::Wire;
 
 use super::http::respond::{reply, start_of, status};
 use super::http::{App, health};

@@ -4,6 +4,7 @@
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json as value};
+use std::fmt;
 
 /// The types of elements that this server reads and writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -50,7 +51,7 @@ pub struct Head {
 
 impl Head {
     /// A complaint about this tensor.
-    pub fn fault(&self, what: impl std::fmt::Display) -> Error {
+    pub fn fault(&self, what: impl fmt::Display) -> Error {
         Error::invalid(&self.name, format!("tensor {}: {what}", self.name))
     }
 
@@ -63,7 +64,7 @@ impl Head {
             _ => element.is_i64() || element.is_u64(),
         };
         if let Some(other) = data.iter().find(|element| !fits(element)) {
-            return Err(self.fault(format!("an element of {:?} is {other}", self.datatype)));
+            return Err(self.fault(format!("an element of {} is {other}", self.datatype)));
         }
         let count = self.shape.iter().try_fold(1, |count: u64, size| count.checked_mul(*size));
         if count != Some(data.len() as u64) {
@@ -93,7 +94,7 @@ impl Head {
             }
             Some(_) => None,
         };
-        let message = || format!("{} bytes are no elements of {:?}", bytes.len(), self.datatype);
+        let message = || format!("{} bytes are no elements of {}", bytes.len(), self.datatype);
         match elements {
             Some(data) => self.with(data),
             None => Err(self.fault(message())),
@@ -108,10 +109,15 @@ impl Tensor {
         Self { name: name.to_owned(), datatype: Datatype::Bytes, shape, data }
     }
 
+    /// The elements of a tensor of strings.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        self.data.iter().filter_map(Value::as_str)
+    }
+
     /// The elements of a tensor of strings as bytes.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        for text in self.data.iter().filter_map(Value::as_str) {
+        for text in self.texts() {
             bytes.extend_from_slice(&(text.len() as u32).to_le_bytes());
             bytes.extend_from_slice(text.as_bytes());
         }
@@ -126,6 +132,12 @@ impl Tensor {
             None => json["data"] = value!(self.data),
         }
         json
+    }
+}
+
+impl fmt::Display for Datatype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&format!("{self:?}").to_ascii_uppercase())
     }
 }
 
