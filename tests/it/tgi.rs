@@ -63,7 +63,8 @@ async fn a_whole_answer_with_details() {
     assert_eq!(shown(tokens), "naïve 🙂", "the texts of the tokens are the text");
     let (last, others) = tokens.split_last().unwrap();
     assert_eq!((&last["text"], &last["special"]), (&json!("<|endoftext|>"), &json!(true)));
-    assert!(others.iter().all(|token| token["logprob"].as_f64().unwrap() <= 0.0));
+    assert!(tokens.iter().all(|token| token["logprob"].as_f64().unwrap() <= 0.0));
+    assert!(others.iter().all(|token| token["special"] == false));
 }
 
 #[tokio::test]

@@ -35,6 +35,7 @@ pub struct TgiWriter {
     record: Arc<Record>,
     /// When the engine had taken the request.
     admitted: Instant,
+    /// The token that stands for the end of a text that its grammar ended.
     end_of_text: Option<u32>,
     /// What was streamed.
     streamed: Transcript,
@@ -129,19 +130,18 @@ impl Transcript {
         token
     }
 
-    /// Ends the text: why, and the token that ended it, which counts as one of its tokens.
-    fn end(&mut self, end: &End, stop: &[String], eos: Option<u32>) -> (Reason, Option<Token>) {
+    /// Ends the text: why, and the token that ended it, which counts as one of its tokens. What a grammar
+    /// ended is shown to end with `complete`, as on this wire a token always does.
+    fn end(&mut self, end: &End, complete: Option<u32>) -> (Reason, Option<Token>) {
         self.text.push_str(&self.decoder.finish());
-        match end.finish {
-            Finish::Length => (Reason::Length, None),
-            Finish::Stop if stop.iter().any(|stop| self.text.contains(stop)) => {
-                (Reason::StopSequence, None)
-            }
-            Finish::Stop => {
-                self.tokens += u32::from(eos.is_some());
-                (Reason::EosToken, eos.map(|id| lone(&self.tokenizer, id, None)))
-            }
-        }
+        let (id, logprob) = match (end.finish, &end.stop_token, complete) {
+            (Finish::Length, ..) => return (Reason::Length, None),
+            (Finish::Stop, Some(token), _) => (token.id, token.logprob),
+            (Finish::Stop, None, Some(id)) => (id, None),
+            (Finish::Stop, None, None) => return (Reason::StopSequence, None),
+        };
+        self.tokens += 1;
+        (Reason::EosToken, Some(lone(&self.tokenizer, id, logprob)))
     }
 }
 
@@ -169,6 +169,12 @@ impl TgiWriter {
         self.wanted.sampled.then_some(self.seed)
     }
 
+    /// What a text ends with if its grammar and no stop string ended it.
+    fn complete(&self, text: &Transcript) -> Option<u32> {
+        let stopped = self.wanted.stop.iter().any(|stop| text.text.contains(stop));
+        self.end_of_text.filter(|_| self.wanted.grammar && !stopped)
+    }
+
     fn top_tokens(&self, scored: &ScoredToken) -> Vec<Token> {
         let top = scored.top.iter().filter(|_| self.wanted.top_tokens);
         top.map(|&(id, logprob)| lone(&self.streamed.tokenizer, id, Some(logprob))).collect()
@@ -186,9 +192,9 @@ impl TgiWriter {
         let mut text = Transcript::new(self.streamed.tokenizer.clone());
         let mut tokens: Vec<Token> = scored.iter().map(|token| text.push(token)).collect();
         let end = reply.choices.iter().find_map(|choice| choice.end.as_ref());
-        let (finish_reason, last) = end.map_or((Reason::Length, None), |end| {
-            text.end(end, &self.wanted.stop, self.end_of_text)
-        });
+        let complete = self.complete(&text);
+        let (finish_reason, last) =
+            end.map_or((Reason::Length, None), |end| text.end(end, complete));
         tokens.extend(last);
         let top = scored.iter().filter(|_| self.wanted.top_tokens);
         let details = Details {
@@ -256,7 +262,8 @@ impl Writer for TgiWriter {
         }
         let mut reason = None;
         if let Some(end) = &chunk.end {
-            let (why, token) = self.streamed.end(end, &self.wanted.stop, self.end_of_text);
+            let complete = self.complete(&self.streamed);
+            let (why, token) = self.streamed.end(end, complete);
             reason = Some(why);
             tokens.extend(token.map(|token| (token, Vec::new())));
         }

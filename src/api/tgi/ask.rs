@@ -26,6 +26,8 @@ pub struct Wanted {
     pub prefix: String,
     /// Strings that end the text.
     pub stop: Vec<String>,
+    /// Whether a grammar may end it too.
+    pub grammar: bool,
 }
 
 /// Reads a body, for `bundle` unless it names an adapter or a task.
@@ -57,7 +59,7 @@ pub fn read(
     refuse_unsupported(&mut given)?;
     let (params, sampled) = params(&mut given, draws, prefill)?;
     given.finish()?;
-    let wanted = Wanted {
+    let mut wanted = Wanted {
         stream,
         details: details || prefill,
         prefill,
@@ -66,11 +68,14 @@ pub fn read(
         characters: inputs.chars().count(),
         prefix: if full { inputs.clone() } else { String::new() },
         stop: params.stop.clone().unwrap_or_default(),
+        grammar: false,
     };
     let inputs = vec![Input::Text(inputs)];
     let asked = Asked { model, inputs, params, usual_max_tokens: None };
     let request = request(body, call, asked)?;
-    Ok((Request { grammar: grammar.or(request.grammar), ..request }, wanted))
+    let request = Request { grammar: grammar.or(request.grammar), ..request };
+    wanted.grammar = request.grammar.is_some();
+    Ok((request, wanted))
 }
 
 /// The parameters, and whether tokens are drawn: if that was said, or if something was said that matters
