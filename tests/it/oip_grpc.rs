@@ -225,7 +225,7 @@ async fn a_stream_that_is_dropped_frees_its_rows() {
     let mut stream = client.model_stream_infer(requests).await.unwrap().into_inner();
     gate.pass(2);
     stream.message().await.unwrap().unwrap();
-    drop(stream);
+    drop((send, stream));
     let cancelled = format!("shoal_requests_total{{outcome=\"cancelled\",task=\"{BUNDLE}\"}}");
     server.until(&cancelled, 2.0).await;
     drop(gate);
