@@ -215,9 +215,10 @@ impl App {
 
 /// How errors are worded on a path, where that is not OpenAI's way.
 fn wording(path: &str) -> Option<Wording> {
-    let wires: [(fn(&str) -> bool, Wording); 2] =
-        [(tgi::has, tgi::refusal), (oip::has, oip::refusal)];
-    wires.into_iter().find_map(|(has, wording)| has(path).then_some(wording))
+    if tgi::has(path) {
+        return Some(tgi::refusal);
+    }
+    oip::has(path).then_some(oip::refusal)
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
