@@ -79,7 +79,10 @@ async fn the_server_and_its_models() {
         match about {
             Ok(about) => {
                 let about = about.into_inner();
-                assert_eq!((about.versions, about.inputs[0].shape.clone()), (vec!["1".into()], vec![-1]));
+                assert_eq!(
+                    (about.versions, about.inputs[0].shape.clone()),
+                    (vec!["1".into()], vec![-1])
+                );
                 assert_eq!(about.outputs[0].name, "text_output");
             }
             Err(status) => assert_eq!((status.code(), want), (Code::NotFound, false)),

@@ -14,9 +14,9 @@ mod status;
 pub use call::{call, submit};
 pub use status::{refusal, status};
 
-use super::{App, oip};
 use super::http::call::Head;
 use super::http::{self, observe, panic_error};
+use super::{App, oip};
 use crate::error::{Error, Kind};
 use crate::telemetry::Record;
 use axum::body::Body;

@@ -130,7 +130,6 @@ fn params(message: &proto::GenerateRequest) -> Params {
         ignore_eos: message.ignore_eos,
         echo: message.echo,
         n: message.n,
-        truncate: None,
     }
 }
 

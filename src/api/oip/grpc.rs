@@ -112,10 +112,8 @@ impl GrpcInferenceService for Wire {
         request: Request<ModelInferRequest>,
     ) -> Result<Response<ModelInferResponse>, Status> {
         let head = Head::new(request.metadata().as_ref(), request.extensions());
-        let (ticket, reply) = self
-            .open(&head, request.into_inner(), false)
-            .await
-            .map_err(|error| status(&error))?;
+        let (ticket, reply) =
+            self.open(&head, request.into_inner(), false).await.map_err(|error| status(&error))?;
         let done = ticket.collect().await.map_err(|error| status(&error))?;
         Ok(Response::new(reply.message(&done.choices, done.usage)))
     }
@@ -272,7 +270,8 @@ fn value(parameter: InferParameter) -> Value {
 
 fn tensor(input: InferInputTensor, raw: Option<Vec<u8>>) -> Checked<Tensor> {
     refuse_parameters("inputs", &input.parameters)?;
-    let fault = |what: String| Error::invalid(&input.name, format!("tensor {}: {what}", input.name));
+    let fault =
+        |what: String| Error::invalid(&input.name, format!("tensor {}: {what}", input.name));
     let datatype = Datatype::deserialize(Value::from(input.datatype.as_str()));
     let shape = input.shape.iter().map(|&size| u64::try_from(size).ok()).collect();
     let head = TensorHead {
