@@ -162,6 +162,8 @@ pub trait Runner {
         None
     }
 
-    /// Runs one step: writes the rows' K and V, then computes the asked-for rows.
+    /// Runs one step: writes the rows' K and V, then computes the asked-for rows. In each layer all rows
+    /// write before any looks: a slice may share a block that another slice of the step fills, whichever
+    /// comes first.
     fn step(&mut self, input: &StepInput) -> Result<StepOutput, StepError>;
 }
