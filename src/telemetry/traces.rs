@@ -36,6 +36,16 @@ pub struct Exchange<'a> {
     pub route: Option<&'a str>,
     /// The status that was sent; 499 for a client that left.
     pub status: u16,
+    /// The code that a call over gRPC ended with.
+    pub grpc: Option<i32>,
+}
+
+impl Exchange<'_> {
+    /// Whether the server is at fault, as OpenTelemetry counts it.
+    fn failed(&self) -> bool {
+        // Unknown, deadline, unimplemented, internal, unavailable, data loss.
+        self.status >= 500 || self.grpc.is_some_and(|code| [2, 4, 12, 13, 14, 15].contains(&code))
+    }
 }
 
 /// The span that a caller's headers name, by W3C's `traceparent` and `tracestate`.
@@ -85,7 +95,7 @@ impl Traces {
             .with_start_time(began)
             .with_attributes(attributes(record, exchange))
             .start_with_context(&self.tracer, &context);
-        if exchange.status >= 500 {
+        if exchange.failed() {
             span.set_status(Status::error(""));
         }
         let inside = context.with_remote_span_context(span.span_context().clone());
@@ -128,6 +138,10 @@ fn attributes(record: &Record, exchange: &Exchange) -> Vec<KeyValue> {
         KeyValue::new("shoal.request.id", record.id.clone()),
     ];
     all.extend(exchange.route.map(|route| KeyValue::new("http.route", route.to_owned())));
+    if let Some(code) = exchange.grpc {
+        all.push(KeyValue::new("rpc.system", "grpc"));
+        all.push(KeyValue::new("rpc.grpc.status_code", i64::from(code)));
+    }
     let Some(model) = facts.model else { return all };
     all.extend([
         KeyValue::new("gen_ai.operation.name", facts.operation),

@@ -1,6 +1,6 @@
 //! Traces, as a collector receives them.
 
-use crate::harness::{Server, Setup, repeater};
+use crate::harness::{Server, Setup, called, message, repeater};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::server::conn::http1;
@@ -99,6 +99,34 @@ async fn a_request_is_a_span_below_its_caller_with_its_phases_inside() {
     assert!(lost.parent_span_id.is_empty(), "it has no caller");
     assert_eq!(attribute(lost, "http.response.status_code").as_deref(), Some("404"));
     assert_eq!(attribute(lost, "gen_ai.request.model"), None);
+}
+
+#[tokio::test]
+async fn a_call_is_a_span_with_the_code_that_it_ended_with() {
+    let (endpoint, mut received) = collector().await;
+    let traces = Arc::new(Traces::start(&endpoint, "test-service").unwrap());
+    let setup = Setup { traces: Some(traces.clone()), ..Setup::default() };
+    let server = Server::with(setup, repeater()).await;
+    let mut rpc = server.rpc().await.shoal;
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let call = called(message("image", &json!({"input": "a fox"})), &[("traceparent", parent)]);
+    let mut stream = rpc.generate(call).await.unwrap().into_inner();
+    while stream.message().await.unwrap().is_some() {}
+    rpc.generate_once(message("none", &json!({"input": "a fox"}))).await.unwrap_err();
+
+    let finishing = traces.clone();
+    tokio::task::spawn_blocking(move || finishing.finish()).await.unwrap();
+    let (_, sent) = received.recv().await.unwrap();
+    let spans = &sent.resource_spans[0].scope_spans[0].spans;
+    let named = |name: &str| spans.iter().find(|span| span.name == name).expect(name);
+    let good = named("POST /shoal.v1.Shoal/Generate");
+    assert_eq!(hex(&good.trace_id), "4bf92f3577b34da6a3ce929d0e0e4736");
+    assert_eq!(attribute(good, "gen_ai.request.model").as_deref(), Some("image"));
+    let bad = named("POST /shoal.v1.Shoal/GenerateOnce");
+    for (span, code) in [(good, "0"), (bad, "5")] {
+        assert_eq!(attribute(span, "rpc.grpc.status_code").as_deref(), Some(code));
+        assert_eq!(attribute(span, "http.response.status_code").as_deref(), Some("200"));
+    }
 }
 
 fn hex(bytes: &[u8]) -> String {

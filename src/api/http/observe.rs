@@ -31,6 +31,7 @@ pub async fn observe(
         record,
         traces,
         status: None,
+        grpc: None,
         bytes: 0,
         whole: false,
     };
@@ -39,6 +40,7 @@ pub async fn observe(
         response.headers_mut().insert(REQUEST_ID, id);
     }
     line.status = Some(response.status());
+    line.grpc = grpc_status(response.headers());
     line.whole = response.body().is_end_stream() || line.method == Method::HEAD;
     response.map(|inner| Body::new(Logged { inner, line }))
 }
@@ -56,6 +58,11 @@ impl Extractor for Caller<'_> {
     }
 }
 
+/// The code of gRPC that these headers or trailers hold.
+fn grpc_status(headers: &HeaderMap) -> Option<i32> {
+    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
+}
+
 /// The access log's line, written when dropped, and the end of the request's trace.
 struct Line {
     route: Option<MatchedPath>,
@@ -64,6 +71,8 @@ struct Line {
     traces: Option<Arc<Traces>>,
     /// `None` while there is no response yet.
     status: Option<StatusCode>,
+    /// How a call over gRPC ended, if its end was written.
+    grpc: Option<i32>,
     bytes: usize,
     /// Whether the body was written to its end.
     whole: bool,
@@ -77,7 +86,10 @@ impl Drop for Line {
         let status = self.status.filter(|_| self.whole).map_or(499, |status| status.as_u16());
         let route = self.route.as_ref().map(MatchedPath::as_str);
         if let Some(traces) = &self.traces {
-            traces.record(&self.record, &Exchange { method: self.method.as_str(), route, status });
+            traces.record(
+                &self.record,
+                &Exchange { method: self.method.as_str(), route, status, grpc: self.grpc },
+            );
         }
         tracing::info!(
             target: "shoal::access",
@@ -86,6 +98,7 @@ impl Drop for Line {
             method = %self.method,
             route = route.unwrap_or("none"),
             status,
+            grpc = self.grpc,
             bytes = self.bytes,
             ms = ms(now() - self.record.arrived),
             key = facts.key.as_deref(),
@@ -117,7 +130,10 @@ impl HttpBody for Logged {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = Pin::new(&mut self.inner).poll_frame(cx);
         match &frame {
-            Poll::Ready(Some(Ok(data))) => self.line.bytes += data.data_ref().map_or(0, Bytes::len),
+            Poll::Ready(Some(Ok(frame))) => {
+                self.line.bytes += frame.data_ref().map_or(0, Bytes::len);
+                self.line.grpc = self.line.grpc.or(frame.trailers_ref().and_then(grpc_status));
+            }
             Poll::Ready(None) => self.line.whole = true,
             Poll::Ready(Some(Err(_))) | Poll::Pending => {}
         }

@@ -64,12 +64,12 @@ pub fn message(task: &str, body: &Value) -> GenerateRequest {
         logprobs: count(take("logprobs")),
         ignore_eos: take("ignore_eos").as_bool(),
         echo: take("echo").as_bool(),
-        adapters: take("adapters").as_array().map(mixture),
+        adapters: take("adapters").as_array().map(|parts| mixture(parts)),
         timeout_ms: take("timeout_ms").as_f64(),
         debug: take("debug")["routing"].as_bool().map(|routing| proto::Debug { routing }),
         as_task: text(&take("task")),
         grammar: [
-            take("choice").as_array().map(choice),
+            take("choice").as_array().map(|texts| choice(texts)),
             text(&take("regex")).map(Grammar::Regex),
             Some(take("json_schema")).filter(|s| !s.is_null()).map(schema),
         ]
@@ -81,7 +81,7 @@ pub fn message(task: &str, body: &Value) -> GenerateRequest {
     message
 }
 
-fn choice(texts: &Vec<Value>) -> Grammar {
+fn choice(texts: &[Value]) -> Grammar {
     let text = |text: &Value| text.as_str().unwrap().to_owned();
     Grammar::Choice(proto::Choices { values: texts.iter().map(text).collect() })
 }
@@ -94,7 +94,7 @@ fn bias((id, value): (&String, &Value)) -> (u32, f32) {
     (id.parse().unwrap(), value.as_f64().unwrap() as f32)
 }
 
-fn mixture(parts: &Vec<Value>) -> proto::AdapterMixture {
+fn mixture(parts: &[Value]) -> proto::AdapterMixture {
     let part = |part: &Value| proto::AdapterWeight {
         name: part["name"].as_str().unwrap().into(),
         weight: part["weight"].as_f64().unwrap() as f32,
