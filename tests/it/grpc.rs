@@ -340,3 +340,64 @@ async fn tasks_are_listed_alike_on_all_wires() {
     let data: Vec<Value> = tasks.into_inner().data.iter().map(entry).collect();
     assert_eq!(json["data"], json!(data));
 }
+
+#[tokio::test]
+async fn labels_are_scored_alike_on_all_wires() {
+    let server = Server::usual().await;
+    let mut rpc = server.rpc().await.shoal;
+    let labels = |labels: &[&str]| labels.iter().map(|l| (*l).to_owned()).collect::<Vec<_>>();
+    for (task, input, labels, words, status) in [
+        ("image", Some("a fox"), labels(&["good", "bad", "ünsure 🦊"]), 20, 200),
+        ("image", Some("a fox"), labels(&["only"]), 4, 200),
+        ("image", Some("a fox"), labels(&[]), 4, 400),
+        ("image", Some("a fox"), labels(&["a", "a"]), 4, 400),
+        ("image", Some("a fox"), labels(&["a", ""]), 4, 400),
+        ("image", Some("a fox"), labels(&["a"]), 1, 400),
+        ("image", None, labels(&["a"]), 4, 400),
+        ("none", Some("a fox"), labels(&["a"]), 4, 404),
+    ] {
+        let mut body = json!({"labels": labels, "controls": {"words": words}});
+        if let Some(input) = input {
+            body["input"] = json!(input);
+        }
+        let reply = server.client.post(&format!("/v1/tasks/{task}/score"), &body).await;
+        assert_eq!(reply.status, status, "{body}");
+        let common = message(task, &json!({"input": input, "controls": {"words": words}}));
+        let (input, controls) = (common.input, common.controls);
+        let asked = proto::ScoreRequest {
+            task: task.into(),
+            input,
+            controls,
+            labels,
+            ..proto::ScoreRequest::default()
+        };
+        let scored = rpc.score(called(asked, &[("x-request-id", "mine")])).await;
+        let scores = match scored {
+            Err(error) => {
+                assert_eq!(over_grpc(Err(error)), over_http(&reply), "{body}");
+                continue;
+            }
+            Ok(scored) => scored.into_inner(),
+        };
+        assert_eq!((scores.id.as_str(), scores.model.as_str()), ("score-mine", BUNDLE));
+        let usage = scores.usage.unwrap();
+        let score = |score: &proto::LabelScore| {
+            json!({"label": score.label, "logprob": score.logprob,
+                "probability": score.probability, "tokens": score.tokens})
+        };
+        let json = reply.json();
+        let rounded = |scores: Vec<Value>| scores.iter().map(approximate).collect::<Vec<_>>();
+        assert_eq!(
+            rounded(scores.scores.iter().map(score).collect()),
+            rounded(json["scores"].as_array().unwrap().clone())
+        );
+        assert_eq!(json["usage"]["total_tokens"], usage.total_tokens);
+        assert_eq!(json["usage"]["prompt_tokens"], usage.prompt_tokens);
+    }
+}
+
+/// A score whose floats are what JSON's writing of them leaves.
+fn approximate(score: &Value) -> Value {
+    let float = |name: &str| (score[name].as_f64().unwrap() * 1e5).round();
+    json!([score["label"], float("logprob"), float("probability"), score["tokens"]])
+}

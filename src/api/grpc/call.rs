@@ -18,18 +18,26 @@ use tonic::{Code, Status};
 /// The header that client libraries make of a call's deadline.
 const TIMEOUT: &str = "grpc-timeout";
 
-/// Hands what a message asks for to the service; what else was understood of it comes back. What cannot
-/// be understood is counted here.
+/// Hands what a message asks for to the service; what else was understood of it comes back.
 pub async fn submit<T, U>(
     app: &App,
     head: &Head,
     message: T,
     understand: impl FnOnce(T, &Call) -> Result<(Request, U)>,
 ) -> Result<(Ticket, U)> {
-    let read = || understand(message, &call(head)?);
-    let (asked, rest) =
-        read().inspect_err(|error| app.service.count_refused(&head.record, error))?;
+    let (asked, rest) = read(app, head, message, understand)?;
     Ok((app.service.submit(asked).await?, rest))
+}
+
+/// Understands a message as a wire does. What cannot be understood is counted here.
+pub fn read<T, A>(
+    app: &App,
+    head: &Head,
+    message: T,
+    understand: impl FnOnce(T, &Call) -> Result<A>,
+) -> Result<A> {
+    let read = || understand(message, &call(head)?);
+    read().inspect_err(|error| app.service.count_refused(&head.record, error))
 }
 
 /// What the head of a call says.

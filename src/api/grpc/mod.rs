@@ -3,7 +3,7 @@
 //!
 //! A call passes through the same middleware as a request over HTTP: its id, its line in the access log,
 //! its panics. Must not know what a wire's messages mean. Invariants: every error is a row of the error
-//! table ([`status`]); a call that the server does not understand is counted as over HTTP.
+//! table ([`mod@status`]); a call that the server does not understand is counted as over HTTP.
 
 mod call;
 mod health;
@@ -11,7 +11,7 @@ mod route;
 mod shoal;
 mod status;
 
-pub use call::{call, submit};
+pub use call::submit;
 pub use status::{refusal, status};
 
 use super::http::call::Head;

@@ -1,19 +1,20 @@
 //! `shoal.v1`: the native wire in messages. What a message holds becomes a [`Request`] here, and what
 //! the native reply says becomes a message.
 
-use super::call::submit;
+use super::call::{read, submit};
 use super::proto::{self, generate_request, shoal_server};
 use super::status::status;
 use crate::api::App;
-use crate::api::http::answer::{Tokens, server_timing};
+use crate::api::http::answer::{Tokens, server_timing, unix_time};
 use crate::api::http::call::{Call, Head, milliseconds};
 use crate::api::http::debug::Debug;
 use crate::api::http::fields::missing;
 use crate::api::native::{NativeWriter, Piece, renamed};
 use crate::api::openai::{Logprobs, Top};
+use crate::api::score::Score;
 use crate::api::ticket::{Chunk, Ticket};
 use crate::error::{Error, Result as Checked};
-use crate::request::{Grammar, Input, Params, Request, Usage};
+use crate::request::{Grammar, Input, Params, Request, Timing, Usage};
 use crate::task::{Control, ControlKind, Task};
 use futures::StreamExt;
 use futures::stream::{self, BoxStream, Stream};
@@ -45,11 +46,34 @@ impl shoal_server::Shoal for Wire {
     ) -> Result<Response<proto::GenerateResponse>, Status> {
         let (ticket, writer) = self.open(request).await?;
         let reply = ticket.collect().await.map_err(|error| status(&error))?;
-        let mut response = Response::new(message(&writer, &reply.choices, Some(reply.usage)));
-        if let Ok(timing) = MetadataValue::try_from(server_timing(&reply.timing).as_bytes()) {
-            response.metadata_mut().insert("server-timing", timing);
-        }
-        Ok(response)
+        Ok(timed(message(&writer, &reply.choices, Some(reply.usage)), &reply.timing))
+    }
+
+    async fn score(
+        &self,
+        request: tonic::Request<proto::ScoreRequest>,
+    ) -> Result<Response<proto::ScoreResponse>, Status> {
+        let refused = |error| status(&named(error));
+        let head = Head::new(request.metadata().as_ref(), request.extensions());
+        let asked = read(&self.0, &head, request.into_inner(), understand_labels);
+        let asked = asked.map_err(refused)?;
+        let (task, labels) = (asked.model.clone(), asked.labels.clone());
+        let scores = self.0.service.score(asked).await.map_err(refused)?;
+        let score = |(label, score): (String, &Score)| proto::LabelScore {
+            label,
+            logprob: score.logprob,
+            probability: score.probability,
+            tokens: score.tokens,
+        };
+        let response = proto::ScoreResponse {
+            id: format!("score-{}", head.record.id),
+            task,
+            model: self.0.bundle.as_ref().into(),
+            created: unix_time() as i64,
+            scores: labels.into_iter().zip(&scores.labels).map(score).collect(),
+            usage: Some(scores.usage.into()),
+        };
+        Ok(timed(response, &scores.timing))
     }
 
     async fn list_tasks(
@@ -84,6 +108,31 @@ fn named(error: Error) -> Error {
     }
 }
 
+/// A whole answer that says where its time went.
+fn timed<T>(message: T, timing: &Timing) -> Response<T> {
+    let mut response = Response::new(message);
+    if let Ok(timing) = MetadataValue::try_from(server_timing(timing).as_bytes()) {
+        response.metadata_mut().insert("server-timing", timing);
+    }
+    response
+}
+
+/// A message as what it asks for: nothing of it is about sampling.
+fn understand_labels(message: proto::ScoreRequest, call: &Call) -> Checked<Request> {
+    let proto::ScoreRequest { task, input, controls, labels, adapters, timeout_ms, as_task } =
+        message;
+    let rest = proto::GenerateRequest {
+        task,
+        input,
+        controls,
+        adapters,
+        timeout_ms,
+        as_task,
+        ..proto::GenerateRequest::default()
+    };
+    Ok(Request { labels, ..understand(rest, call)? })
+}
+
 /// A message as what it asks for.
 fn understand(message: proto::GenerateRequest, call: &Call) -> Checked<Request> {
     let params = params(&message);
@@ -113,7 +162,6 @@ fn understand(message: proto::GenerateRequest, call: &Call) -> Checked<Request> 
 fn params(message: &proto::GenerateRequest) -> Params {
     let (stop, bias) = (&message.stop, &message.logit_bias);
     Params {
-        truncate: None,
         max_tokens: message.max_tokens,
         min_tokens: message.min_tokens,
         temperature: message.temperature,
@@ -206,10 +254,14 @@ fn message(
         model: writer.bundle.as_ref().into(),
         created: writer.created as i64,
         choices: chunks.iter().map(|chunk| writer.piece(chunk).into()).collect(),
-        usage: usage.map(|usage| {
-            let Tokens { prompt_tokens, completion_tokens, total_tokens } = usage.into();
-            proto::Usage { prompt_tokens, completion_tokens, total_tokens }
-        }),
+        usage: usage.map(Into::into),
+    }
+}
+
+impl From<Usage> for proto::Usage {
+    fn from(usage: Usage) -> Self {
+        let Tokens { prompt_tokens, completion_tokens, total_tokens } = usage.into();
+        Self { prompt_tokens, completion_tokens, total_tokens }
     }
 }
 
