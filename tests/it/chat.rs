@@ -66,12 +66,7 @@ async fn refusals_name_the_field() {
     let two = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]);
     let long = user(&"word ".repeat(300));
     for (body, status, param, code) in [
-        (
-            json!({"model": BUNDLE, "messages": user("x")}),
-            400,
-            "messages",
-            Some("no_chat_template"),
-        ),
+        (json!({"model": BUNDLE, "messages": user("x")}), 400, "model", Some("no_chat_template")),
         (json!({"model": "image", "messages": two}), 400, "messages", None),
         (json!({"model": "none", "messages": user("x")}), 404, "model", Some("model_not_found")),
         (json!({"model": "image", "messages": []}), 400, "messages", None),

@@ -37,7 +37,10 @@ async fn a_whole_completion() {
     assert_eq!(timing.len(), 3);
     let reply = reply.json();
     let keys: Vec<&String> = reply.as_object().unwrap().keys().collect();
-    assert_eq!(keys, ["id", "object", "model", "created", "choices", "usage"]);
+    assert_eq!(
+        keys,
+        ["id", "object", "model", "system_fingerprint", "created", "choices", "usage"]
+    );
     assert_eq!(reply["id"], "cmpl-my-id.7");
     assert_eq!(reply["object"], "text_completion");
     assert_eq!(reply["model"], BUNDLE);

@@ -162,6 +162,7 @@ fn understand(message: proto::GenerateRequest, call: &Call) -> Checked<Request> 
 fn params(message: &proto::GenerateRequest) -> Params {
     let (stop, bias) = (&message.stop, &message.logit_bias);
     Params {
+        truncate: None,
         max_tokens: message.max_tokens,
         min_tokens: message.min_tokens,
         temperature: message.temperature,
