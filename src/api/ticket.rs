@@ -345,7 +345,9 @@ impl Ticket {
         self.running[index].events = None;
         self.left -= 1;
         let finish = end.finish;
-        self.meter.text(end.words);
+        if self.running[index].max_new > 0 {
+            self.meter.text(end.words);
+        }
         chunk.end = Some(end);
         if self.left == 0 {
             self.meter.end("ok");

@@ -125,7 +125,10 @@ async fn listen(args: &Serve) -> Result<Listeners> {
         bound.with_context(|| format!("cannot listen on {host}:{port}"))
     };
     let http = bind(args.port).await?;
-    let grpc = if args.no_grpc { None } else { Some(bind(args.grpc_port).await?) };
+    let grpc = match args.no_grpc {
+        true => None,
+        false => Some(bind(args.grpc_port).await.context("for gRPC; see --grpc-port, --no-grpc")?),
+    };
     Ok(Listeners { http, grpc })
 }
 

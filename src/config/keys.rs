@@ -156,7 +156,8 @@ fn origin(text: &str) -> Result<String, String> {
         !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && !b"/?#@*".contains(&b))
     };
     match text == "*" || host.is_some_and(|(_, host)| fit(host)) {
-        true => Ok(text.to_owned()),
+        // As browsers write it.
+        true => Ok(text.to_ascii_lowercase()),
         false => Err("allowed: * or SCHEME://HOST[:PORT], without a path".into()),
     }
 }
@@ -220,6 +221,7 @@ mod tests {
         for good in ["*", "https://a.example", "http://[::1]:8080", "tauri://localhost"] {
             assert_eq!(origin(good).as_deref(), Ok(good));
         }
+        assert_eq!(origin("https://A.Example").as_deref(), Ok("https://a.example"));
         for bad in ["", "a.example", "://a", "https://", "https://a.example/", "https://*.a", "a b"]
         {
             assert!(origin(bad).unwrap_err().starts_with("allowed: *"), "{bad}");

@@ -142,6 +142,10 @@ fn attributes(record: &Record, exchange: &Exchange) -> Vec<KeyValue> {
         all.push(KeyValue::new("rpc.system", "grpc"));
         all.push(KeyValue::new("rpc.grpc.status_code", i64::from(code)));
     }
+    match facts.outcome {
+        None | Some("ok") => {}
+        Some(outcome) => all.push(KeyValue::new("error.type", outcome)),
+    }
     let Some(model) = facts.model else { return all };
     all.extend([
         KeyValue::new("gen_ai.operation.name", facts.operation),
@@ -154,10 +158,6 @@ fn attributes(record: &Record, exchange: &Exchange) -> Vec<KeyValue> {
     if !facts.finishes.is_empty() {
         let finishes = facts.finishes.iter().map(|finish| finish.as_str().to_owned());
         all.push(KeyValue::new("gen_ai.response.finish_reasons", list(finishes)));
-    }
-    match facts.outcome {
-        None | Some("ok") => {}
-        Some(outcome) => all.push(KeyValue::new("error.type", outcome)),
     }
     all
 }

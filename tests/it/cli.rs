@@ -27,7 +27,8 @@ max_tokens = 6
 /// The program, without the variables of whoever runs the tests.
 fn shoal(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shoal"));
-    command.args(args).env_clear();
+    // The port for gRPC is a fixed one unless something is said.
+    command.args(args).env_clear().env("SHOAL_GRPC_PORT", "0");
     command
 }
 
@@ -263,7 +264,6 @@ fn a_wrong_configuration_ends_with_64_and_all_its_faults() {
 async fn serve_says_where_answers_and_leaves_on_sigterm() {
     let dir = bundle();
     let server = shoal(&["serve", path(&dir), "--port", "0", "--served-model-name", "tiny"])
-        .env("SHOAL_GRPC_PORT", "0")
         .env("SHOAL_LOG", "off")
         .stdout(Stdio::piped())
         .spawn();

@@ -63,6 +63,7 @@ async fn a_request_is_a_span_below_its_caller_with_its_phases_inside() {
     let reply = server.client.post_with("/v1/completions", &headers, &body).await;
     assert_eq!(reply.status, 200);
     assert_eq!(server.client.get("/v1/models/none").await.status, 404);
+    assert_eq!(server.client.post("/v1/chat/completions", &json!({})).await.status, 400);
 
     let finishing = traces.clone();
     tokio::task::spawn_blocking(move || finishing.finish()).await.unwrap();
@@ -99,6 +100,8 @@ async fn a_request_is_a_span_below_its_caller_with_its_phases_inside() {
     assert!(lost.parent_span_id.is_empty(), "it has no caller");
     assert_eq!(attribute(lost, "http.response.status_code").as_deref(), Some("404"));
     assert_eq!(attribute(lost, "gen_ai.request.model"), None);
+    let refused = named("POST /v1/chat/completions");
+    assert_eq!(attribute(refused, "error.type").as_deref(), Some("invalid"));
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 use super::call::REQUEST_ID;
 use axum::http::{HeaderName, HeaderValue, Method, header};
-use tower_http::cors::{AllowOrigin, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 /// What lets pages of `origins` ask; `*` is every origin, none of them is no layer.
 pub fn layer(origins: &[String]) -> Option<CorsLayer> {
@@ -16,12 +16,8 @@ pub fn layer(origins: &[String]) -> Option<CorsLayer> {
     let layer = CorsLayer::new()
         .allow_origin(allowed)
         .allow_methods([Method::GET, Method::POST, Method::OPTIONS])
-        .allow_headers([
-            header::AUTHORIZATION,
-            header::CONTENT_TYPE,
-            name(REQUEST_ID),
-            name("traceparent"),
-        ])
+        // Clients have headers of their own (OpenAI's have eight); the wall is the origin.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers([name(REQUEST_ID), header::RETRY_AFTER, name("server-timing")]);
     Some(layer)
 }

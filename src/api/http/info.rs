@@ -22,6 +22,7 @@ pub async fn info(State(app): State<Arc<App>>) -> Response {
     let names: Vec<&str> = listing.tasks.named().map(|task| task.name.as_str()).collect();
     let adapters: Vec<String> =
         app.service.catalog().adapter_list().into_iter().map(|info| info.name).collect();
+    let caps = app.service.caps();
     reply(&value!({
         "model": app.bundle.as_ref(),
         // These are what text-generation-inference calls them.
@@ -30,10 +31,12 @@ pub async fn info(State(app): State<Arc<App>>) -> Response {
         "model_dtype": app.dtype,
         "model_device_type": "cpu",
         "model_pipeline_tag": "text-generation",
-        "max_concurrent_requests": engine.max_waiting(),
+        "max_concurrent_requests": caps.requests.unwrap_or(usize::MAX).min(engine.max_waiting()),
         "max_best_of": 1,
         "max_stop_sequences": crate::request::MAX_STOP,
-        "max_input_tokens": capacity.map(|c| c.context.saturating_sub(1)),
+        "max_input_tokens": capacity.map(|c| {
+            caps.input_tokens.unwrap_or(usize::MAX).min(c.context.saturating_sub(1))
+        }),
         "max_total_tokens": capacity.map(|c| c.context),
         "auto_truncate": false,
         "router": "shoal",
@@ -54,8 +57,8 @@ pub async fn info(State(app): State<Arc<App>>) -> Response {
             "context": capacity.map(|c| c.context),
             "vocabulary": capacity.map(|c| c.vocab),
             "kv_tokens": capacity.map(|c| c.blocks * c.block_size),
-            "max_input_tokens": app.service.caps().input_tokens,
-            "max_concurrent_requests": app.service.caps().requests,
+            "max_input_tokens": caps.input_tokens,
+            "max_concurrent_requests": caps.requests,
             "max_body_bytes": app.limits.max_body_bytes,
             "max_header_bytes": app.limits.max_header_bytes,
             "max_headers": app.limits.max_headers,

@@ -18,6 +18,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::sync::Arc;
 
 /// The most messages that one body may hold.
@@ -44,12 +45,16 @@ fn read(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
 
 /// `messages`: an array of `{"role", "content"}`, where content is a text or a list of texts.
 pub fn messages(body: &mut Fields) -> Result<Vec<Message>> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Given {
-        role: String,
-        content: Content,
+    let given: Vec<Map<String, Value>> =
+        body.take("messages")?.ok_or_else(|| missing("messages"))?;
+    if given.is_empty() || given.len() > MAX_MESSAGES {
+        let message = format!("messages has {} entries; allowed: 1 to {MAX_MESSAGES}", given.len());
+        return Err(Error::invalid("messages", message));
     }
+    given.into_iter().map(message).collect()
+}
+
+fn message(given: Map<String, Value>) -> Result<Message> {
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "content must be a string or an array of {type: text, text}")]
     enum Content {
@@ -61,17 +66,22 @@ pub fn messages(body: &mut Fields) -> Result<Vec<Message>> {
     enum Part {
         Text { text: String },
     }
-    let given: Vec<Given> = body.take("messages")?.ok_or_else(|| missing("messages"))?;
-    if given.is_empty() || given.len() > MAX_MESSAGES {
-        let message = format!("messages has {} entries; allowed: 1 to {MAX_MESSAGES}", given.len());
-        return Err(Error::invalid("messages", message));
-    }
-    let text = |content| match content {
+    let mut given = Fields::of(given, "messages.");
+    let role = given.take("role")?.ok_or_else(|| given.missing("role"))?;
+    let content = match given.take("content")?.ok_or_else(|| given.missing("content"))? {
         Content::Text(text) => text,
         Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect(),
     };
-    let message = |given: Given| Message { role: given.role, content: text(given.content) };
-    Ok(given.into_iter().map(message).collect())
+    // What clients send back of a message that they were answered with; all of it says nothing.
+    for name in ["refusal", "annotations", "audio", "tool_calls", "function_call"] {
+        match given.take_value(name) {
+            Some(Value::Array(empty)) if empty.is_empty() => {}
+            Some(value) => given.put(name, value)?,
+            None => {}
+        }
+    }
+    given.finish()?;
+    Ok(Message { role, content })
 }
 
 /// `logprobs` is a switch here, and `top_logprobs` how many alternatives.
@@ -260,17 +270,33 @@ mod tests {
     }
 
     #[test]
+    fn a_message_that_was_answered_may_be_sent_back() {
+        let assistant = Assistant { role: "assistant", content: "hi", refusal: None };
+        let mut sent = serde_json::to_value(&assistant).unwrap();
+        sent["tool_calls"] = serde_json::json!([]);
+        sent["annotations"] = serde_json::json!([]);
+        let asked = asked(&format!(r#""messages": [{sent}]"#)).unwrap();
+        let message = Message { role: "assistant".into(), content: "hi".into() };
+        assert_eq!(asked.inputs, [Input::Chat(vec![message])]);
+    }
+
+    #[test]
     fn what_is_refused_is_named() {
         let hello = r#"{"role": "user", "content": "hello"}"#;
         for (fields, param) in [
             (String::new(), "messages"),
             (r#""messages": []"#.into(), "messages"),
-            (r#""messages": [{"role": "user"}]"#.into(), "messages"),
-            (r#""messages": [{"role": "user", "content": null}]"#.into(), "messages"),
-            (r#""messages": [{"role": "user", "content": 3}]"#.into(), "messages"),
+            (r#""messages": [3]"#.into(), "messages"),
+            (r#""messages": [{"role": "user"}]"#.into(), "messages.content"),
+            (r#""messages": [{"role": "user", "content": null}]"#.into(), "messages.content"),
+            (r#""messages": [{"role": "user", "content": 3}]"#.into(), "messages.content"),
+            (
+                r#""messages": [{"role": "user", "content": "x", "name": "n"}]"#.into(),
+                "messages.name",
+            ),
             (
                 r#""messages": [{"role": "user", "content": [{"type": "image_url"}]}]"#.into(),
-                "messages",
+                "messages.content",
             ),
             (format!(r#""messages": [{hello}], "top_logprobs": 2"#), "top_logprobs"),
             (format!(r#""messages": [{hello}], "logprobs": 2"#), "logprobs"),
