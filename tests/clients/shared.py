@@ -50,6 +50,11 @@ def cancelled():
     return metric("shoal_requests_total", outcome="cancelled")
 
 
+def idle():
+    """Whether the server runs nothing and holds nothing back."""
+    return metric("shoal_requests_running") + metric("shoal_requests_waiting") == 0
+
+
 def until(condition, what):
     """Waits for what the server does by itself, for at most 10 seconds."""
     end = time.monotonic() + 10
@@ -64,8 +69,7 @@ def left_early():
     before = cancelled()
     yield
     until(lambda: cancelled() == before + 1, "a cancelled request")
-    for gauge in ("shoal_requests_running", "shoal_requests_waiting"):
-        until(lambda: metric(gauge) == 0, f"{gauge} = 0")
+    until(idle, "a server with nothing to do")
 
 
 def refused(kind, call, *words):

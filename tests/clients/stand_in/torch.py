@@ -43,7 +43,8 @@ def module(name, **members):
     return made
 
 
+members = dict(IterableDataset=IterableDataset, DataLoader=DataLoader)
 utils = module("torch.utils")
-utils.data = module("torch.utils.data", get_worker_info=get_worker_info)
-utils.data.dataloader = module("torch.utils.data.dataloader", DataLoader=DataLoader)
-utils.data.dataset = module("torch.utils.data.dataset", IterableDataset=IterableDataset)
+utils.data = module("torch.utils.data", get_worker_info=get_worker_info, **members)
+utils.data.dataset = module("torch.utils.data.dataset", **members)
+utils.data.dataloader = module("torch.utils.data.dataloader", **members)
