@@ -87,7 +87,7 @@ packages() {
     if ! cmp -s "$list" "$folder/package.json" || [ ! -d "$folder/node_modules" ]; then
         rm -rf "$folder"
         mkdir -p "$folder" && cp "$list" "$folder/" &&
-            npm install --prefix "$folder" --ignore-scripts --no-audit --no-fund --silent ||
+            npm install --prefix "$folder" --ignore-scripts --no-audit --no-fund ||
             { rm -rf "$folder" && return 1; }
     fi
     cp "$here/openai_client.mjs" "$folder/"
@@ -102,7 +102,7 @@ client() {
         report SKIPPED "$name" "it needs $tool"
         skipped=$((skipped + 1))
     elif ! "$install" "$group" >"$work/install" 2>&1; then
-        report SKIPPED "$name" "not installed: $(tail -n 1 "$work/install")"
+        report SKIPPED "$name" "not installed: $(grep -i -m 1 error "$work/install" || true)"
         skipped=$((skipped + 1))
     elif timeout "$limit" "$@" >"$work/said" 2>&1; then
         report passed "$name" "$(tail -n 1 "$work/said") ($((SECONDS - start)) s)"
