@@ -46,7 +46,7 @@ start() {
     # The start-up line says where it listens, once the model is ready.
     for _ in $(seq 600); do
         url=$(grep -o 'http://[0-9.:]*' "$log" | head -n 1 || true)
-        grpc=$(grep -o 'grpc://[0-9.:]*' "$log" | head -n 1 || true)
+        grpc=$(sed -n 's/.*gRPC on \([0-9.:]*\).*/\1/p' "$log")
         [ -z "$url" ] || [ -z "$grpc" ] || break
         kill -0 "$server" 2>/dev/null || break
         sleep 0.1
@@ -56,7 +56,6 @@ start() {
         echo "the server did not start"
         exit 1
     fi
-    grpc=${grpc#grpc://}
 }
 
 # Ends the server as an orchestrator would, and expects it to end well.
