@@ -25,7 +25,8 @@ max_tokens = 6
 "#;
 
 /// The program, without the variables of whoever runs the tests.
-fn shoal(args: &[&str]) -> Command {
+/// The program, with an environment of its own.
+pub fn shoal(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shoal"));
     // The port for gRPC is a fixed one unless something is said.
     command.args(args).env_clear().env("SHOAL_GRPC_PORT", "0");
@@ -37,7 +38,7 @@ fn run(args: &[&str]) -> Output {
 }
 
 /// A program that runs no longer than its test, even if that fails.
-struct Running(Child);
+pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -279,7 +280,7 @@ async fn serve_says_where_answers_and_leaves_on_sigterm() {
 }
 
 /// What a server says once it is ready, and a client of it.
-fn announced(server: &mut Child) -> (String, Client) {
+pub fn announced(server: &mut Child) -> (String, Client) {
     let mut line = String::new();
     BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let (_, address) = line.split_once("http://").unwrap();
@@ -289,7 +290,7 @@ fn announced(server: &mut Child) -> (String, Client) {
 }
 
 /// Ends a server, which must end well.
-fn terminate(server: &mut Child) {
+pub fn terminate(server: &mut Child) {
     let kill = Command::new("kill").args(["-TERM", &server.id().to_string()]).status().unwrap();
     assert!(kill.success());
     assert_eq!(server.wait().unwrap().code(), Some(0));

@@ -40,8 +40,9 @@ mod native;
 mod oip;
 /// The same over gRPC.
 mod oip_grpc;
+/// From examples to an endpoint.
+mod readme;
 /// Text-generation-inference's wire.
 mod tgi;
-/// From examples to an endpoint.
 mod traces;
 mod training;
