@@ -23,6 +23,7 @@ pub mod score;
 pub mod serve;
 pub mod service;
 mod socket;
+mod stall;
 mod tgi;
 pub mod ticket;
 

@@ -1,6 +1,8 @@
 //! How long a connection may say nothing, and how long it may take to say what it wants. hyper's own
 //! limit for heads cannot tell the two apart: it begins when a connection falls idle. A head that began
 //! to come before the last answer was out has the time of an idle connection.
+//!
+//! Over HTTP/2, where requests come side by side, only their number counts: nobody tells of bytes.
 
 use super::http::Limits;
 use std::time::Duration;
@@ -13,8 +15,8 @@ enum Phase {
     Idle,
     /// A request has begun to come, but its head is not whole.
     Head,
-    /// A request is being answered.
-    Busy,
+    /// So many requests are being answered.
+    Busy(usize),
 }
 
 /// What was waited for too long.
@@ -53,7 +55,12 @@ impl Pulse {
 
     /// A request's head is there; it is answered when what is returned is dropped.
     pub fn busy(&self) -> Busy {
-        self.0.send_replace(Phase::Busy);
+        self.0.send_modify(|phase| {
+            *phase = match phase {
+                Phase::Busy(others) => Phase::Busy(*others + 1),
+                Phase::Idle | Phase::Head => Phase::Busy(1),
+            }
+        });
         Busy(self.clone())
     }
 
@@ -66,7 +73,7 @@ impl Pulse {
                 Phase::Idle => (limits.idle_timeout, Expired::Idle),
                 Phase::Head => (limits.body_timeout, Expired::Head),
                 // Bodies and answers have limits of their own.
-                Phase::Busy => (Duration::MAX, Expired::Idle),
+                Phase::Busy(_) => (Duration::MAX, Expired::Idle),
             };
             // The sender is ours, so that a change is one.
             if tokio::time::timeout(limit, phases.changed()).await.is_err() {
@@ -78,7 +85,12 @@ impl Pulse {
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.0.send_replace(Phase::Idle);
+        self.0.0.send_modify(|phase| {
+            *phase = match phase {
+                Phase::Busy(all @ 2..) => Phase::Busy(*all - 1),
+                _ => Phase::Idle,
+            }
+        });
     }
 }
 
@@ -107,9 +119,12 @@ mod tests {
         pulse.bytes();
         let busy = pulse.busy();
         pulse.bytes();
-        let waited = tokio::time::timeout(SOON * 20, expired(&pulse, SOON, SOON)).await;
-        assert!(waited.is_err(), "{waited:?}");
-        drop(busy);
+        let another = pulse.busy();
+        for busy in [busy, another] {
+            let waited = tokio::time::timeout(SOON * 20, expired(&pulse, SOON, SOON)).await;
+            assert!(waited.is_err(), "{waited:?}");
+            drop(busy);
+        }
         assert_eq!(expired(&pulse, SOON, NEVER).await, Expired::Idle);
     }
 

@@ -8,17 +8,18 @@
 use super::http::{App, Limits};
 use super::pulse::{Expired, Pulse};
 use super::socket::Impatient;
+use super::stall::Awaited;
 use crate::engine::State;
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::Body;
+use futures::TryFutureExt;
 use http_body_util::BodyExt;
-use hyper::body::{Body, Incoming};
+use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::convert::Infallible;
-use std::future::pending;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
@@ -223,20 +224,25 @@ async fn connection(
     // A frame is small and urgent.
     let _ = socket.set_nodelay(true);
     let pulse = Pulse::new();
-    let socket = Impatient::new(socket, limits.write_timeout, pulse.clone());
+    let socket = Impatient::new(socket, limits.write_timeout);
+    let expired = || pulse.expired(limits);
     let result = match protocol {
         Protocol::Http1 => {
-            let socket = TokioIo::new(socket);
+            let socket = TokioIo::new(socket.with_pulse(pulse.clone()));
             let service = service_fn(|request| beating(&service, &pulse, request));
             let connection = http1(limits, stay).serve_connection(socket, service);
-            let expired = || pulse.expired(limits);
             until_closed(connection, |c| c.graceful_shutdown(), closing, expired).await
         }
         Protocol::Http2 => {
             // hyper waits for ever for a client that connects and says nothing.
             let socket = TokioIo::new(socket.greeted_within(PREFACE, limits.body_timeout));
+            let (limit, pulse) = (limits.write_timeout, pulse.clone());
+            let service = service_fn(move |request| {
+                let answer = beating(&service, &pulse, request);
+                answer.map_ok(move |response| response.map(|body| Awaited::new(body, limit)))
+            });
             let connection = http2(limits).serve_connection(socket, service);
-            until_closed(connection, |c| c.graceful_shutdown(), closing, pending).await
+            until_closed(connection, |c| c.graceful_shutdown(), closing, expired).await
         }
     };
     if let Err(error) = result {
@@ -245,20 +251,20 @@ async fn connection(
 }
 
 /// Answers a request, and says meanwhile that the connection is busy.
-async fn beating(
+fn beating(
     service: &TowerToHyperService<Router>,
     pulse: &Pulse,
     request: hyper::Request<Incoming>,
-) -> Result<hyper::Response<impl Body<Data = Bytes, Error = axum::Error> + use<>>, Infallible> {
+) -> impl Future<Output = Result<hyper::Response<Body>, Infallible>> + use<> {
     let busy = pulse.busy();
-    let response = service.call(request).await?;
     // The body holds it to its own end.
-    Ok(response.map(|body| {
-        body.map_err(move |error| {
+    let held = move |body: Body| {
+        Body::new(body.map_err(move |error| {
             let _busy = &busy;
             error
-        })
-    }))
+        }))
+    };
+    service.call(request).map_ok(move |response| response.map(held))
 }
 
 /// HTTP/1; for how long a head may take, see [`Pulse`].

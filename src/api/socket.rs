@@ -1,5 +1,5 @@
 //! A socket whose other side must go on reading, and may have to begin in time: hyper bounds neither how
-//! long an answer may take to leave nor when HTTP/2 must begin. What comes in is told to the connection's
+//! long an answer may take to leave nor when HTTP/2 must begin. What comes in may be told to the connection's
 //! [`Pulse`].
 
 use super::pulse::Pulse;
@@ -14,7 +14,7 @@ use tokio::time::{Sleep, sleep};
 pub struct Impatient<T> {
     inner: T,
     limit: Duration,
-    pulse: Pulse,
+    pulse: Option<Pulse>,
     /// Runs while a write waits.
     stalled: Option<Pin<Box<Sleep>>>,
     /// Bytes that are still to be read before it ends.
@@ -22,9 +22,14 @@ pub struct Impatient<T> {
 }
 
 impl<T> Impatient<T> {
-    /// Watches the writes to `inner`, and tells `pulse` of what is read.
-    pub fn new(inner: T, limit: Duration, pulse: Pulse) -> Self {
-        Self { inner, limit, pulse, stalled: None, greeting: None }
+    /// Watches the writes to `inner`.
+    pub fn new(inner: T, limit: Duration) -> Self {
+        Self { inner, limit, pulse: None, stalled: None, greeting: None }
+    }
+
+    /// The same, which tells `pulse` of what is read.
+    pub fn with_pulse(self, pulse: Pulse) -> Self {
+        Self { pulse: Some(pulse), ..self }
     }
 
     /// The same, whose first `bytes` must come within `limit`.
@@ -58,8 +63,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for Impatient<T> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.inner).poll_read(cx, buffer);
         let come = buffer.filled().len() - before;
-        if come > 0 {
-            self.pulse.bytes();
+        if let Some(pulse) = self.pulse.as_ref().filter(|_| come > 0) {
+            pulse.bytes();
         }
         self.greeting = self.greeting.take().and_then(|(left, late)| {
             let left = left.checked_sub(come).filter(|left| *left > 0)?;
@@ -109,7 +114,7 @@ mod tests {
     #[tokio::test]
     async fn only_a_write_that_stands_still_fails() {
         let (near, mut far) = duplex(8);
-        let mut socket = Impatient::new(near, Duration::from_millis(20), Pulse::new());
+        let mut socket = Impatient::new(near, Duration::from_millis(20));
         socket.write_all(b"12345678").await.unwrap();
         let error = socket.write_all(b"9").await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
@@ -123,7 +128,7 @@ mod tests {
         let limit = Duration::from_millis(20);
         for (said, in_time) in [(&b"123"[..], false), (b"1234", true), (b"12345", true)] {
             let (near, mut far) = duplex(8);
-            let mut socket = Impatient::new(near, limit, Pulse::new()).greeted_within(4, limit);
+            let mut socket = Impatient::new(near, limit).greeted_within(4, limit);
             far.write_all(said).await.unwrap();
             let mut read = [0; 8];
             assert_eq!(socket.read(&mut read).await.unwrap(), said.len());

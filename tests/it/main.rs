@@ -7,8 +7,9 @@
 mod adapters;
 /// What gRPC alone has: a call's deadline and end, limits of HTTP/2, health, reflection.
 mod calls;
-/// The program as a user runs it: arguments, output, exit codes, signals.
+/// OpenAI's chat, and the words of its templates.
 mod chat;
+/// The program as a user runs it: arguments, output, exit codes, signals.
 mod cli;
 /// The OpenAI wire, byte by byte.
 mod completions;
@@ -40,9 +41,13 @@ mod native;
 mod oip;
 /// The same over gRPC.
 mod oip_grpc;
-/// From examples to an endpoint.
+/// Clients of gRPC that stand still.
+mod patience;
+/// The examples of the README, as they stand.
 mod readme;
 /// Text-generation-inference's wire.
 mod tgi;
+/// Spans, as a collector gets them.
 mod traces;
+/// From examples to an endpoint.
 mod training;
