@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_check_response::ServingStatus::{NotServing, Serving};
+use tonic_health::pb::health_check_response::ServingStatus::{NotServing, ServiceUnknown, Serving};
 use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
@@ -272,7 +272,8 @@ async fn health_follows_the_engine() {
     }
     let unknown = health.check(asked("shoal.v1.None")).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
-    assert_eq!(health.watch(asked("none")).await.unwrap_err().code(), Code::NotFound);
+    let mut never = health.watch(asked("none")).await.unwrap().into_inner();
+    assert_eq!(never.message().await.unwrap().unwrap().status(), ServiceUnknown);
     finish.send(()).unwrap();
     for changes in &mut watched {
         assert_eq!(changes.message().await.unwrap().unwrap().status(), Serving);
@@ -283,5 +284,6 @@ async fn health_follows_the_engine() {
         assert_eq!(changes.message().await.unwrap().unwrap().status(), NotServing);
         assert_eq!(changes.message().await.unwrap(), None, "a watch does not hold up the end");
     }
+    assert_eq!(never.message().await.unwrap(), None);
     assert_eq!(server.ended().await, Ended::Drained);
 }

@@ -8,9 +8,13 @@ use crate::error::Error;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use std::sync::Arc;
+use std::time::Duration;
 use tonic::{Request, Response, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_server};
+
+/// How often a watch looks whether the engine still lives: nobody tells of one that stands still.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The service.
 pub struct Health(pub Arc<App>);
@@ -31,24 +35,27 @@ impl health_server::Health for Health {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        known(request.get_ref())?;
+        // What is not there may be watched until it is.
+        let known = known(request.get_ref()).is_ok();
         let (app, state) = (self.0.clone(), self.0.service.engine().watch());
-        let changes = stream::unfold((app, state, None), |(app, mut state, told)| async move {
-            loop {
-                let now = serving(&app);
-                if told != Some(now) {
-                    return Some((Ok(response(now)), (app, state, Some(now))));
+        let changes =
+            stream::unfold((app, state, None), move |(app, mut state, told)| async move {
+                loop {
+                    let now = if known { serving(&app) } else { ServingStatus::ServiceUnknown };
+                    if told != Some(now) {
+                        return Some((Ok(response(now)), (app, state, Some(now))));
+                    }
+                    // A drain comes before the closing, so that whoever watches has heard of it.
+                    if app.closing.is_cancelled() {
+                        return None;
+                    }
+                    tokio::select! {
+                        changed = state.changed() => changed.ok()?,
+                        () = tokio::time::sleep(LOOK) => {}
+                        () = app.closing.cancelled() => {}
+                    }
                 }
-                // A drain comes before the closing, so that whoever watches has heard of it.
-                if app.closing.is_cancelled() {
-                    return None;
-                }
-                tokio::select! {
-                    changed = state.changed() => changed.ok()?,
-                    () = app.closing.cancelled() => {}
-                }
-            }
-        });
+            });
         Ok(Response::new(changes.boxed()))
     }
 }
