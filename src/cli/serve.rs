@@ -120,14 +120,14 @@ fn traces(args: &Serve) -> Result<Option<Arc<Traces>>> {
 /// Binds the sockets.
 async fn listen(args: &Serve) -> Result<Listeners> {
     let host = args.host.as_str();
-    let bind = async |port: u16| {
+    let bind = async |port: u16, flags: &str| {
         let bound = TcpListener::bind((host, port)).await;
-        bound.with_context(|| format!("cannot listen on {host}:{port}"))
+        bound.with_context(|| format!("cannot listen on {host}:{port} ({flags})"))
     };
-    let http = bind(args.port).await?;
+    let http = bind(args.port, "--port").await?;
     let grpc = match args.no_grpc {
         true => None,
-        false => Some(bind(args.grpc_port).await.context("for gRPC; see --grpc-port, --no-grpc")?),
+        false => Some(bind(args.grpc_port, "--grpc-port, --no-grpc").await?),
     };
     Ok(Listeners { http, grpc })
 }
