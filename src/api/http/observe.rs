@@ -6,7 +6,7 @@ use crate::telemetry::traces::{self, Exchange, Traces};
 use crate::telemetry::{Record, now};
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
@@ -22,6 +22,10 @@ pub async fn observe(
     mut request: Request,
     next: Next,
 ) -> Response {
+    if let Some(key) = request.headers_mut().get_mut(header::AUTHORIZATION) {
+        // Whoever writes headers to a log leaves it out.
+        key.set_sensitive(true);
+    }
     let headers = request.headers();
     let record = Record::with_parent(Head::id(headers), traces::parent(&Caller(headers)));
     request.extensions_mut().insert(record.clone());
