@@ -74,7 +74,7 @@ pub struct Serve {
     /// Largest head of a request (its first line and headers), in bytes
     #[arg(long, default_value_t = 32 << 10, value_parser = count(1024..=1 << 16))]
     pub max_header_bytes: usize,
-    /// Most headers of a request
+    /// Most headers of a request over HTTP/1
     #[arg(long, default_value_t = 100, value_parser = count(8..=1000))]
     pub max_headers: usize,
     /// Longest prompt, in tokens, template and all; a task's own limit may be shorter [default: what
@@ -88,20 +88,20 @@ pub struct Serve {
     /// Seconds that a request's head, and again its body, may take to arrive
     #[arg(long, default_value = "30", value_parser = seconds)]
     pub body_timeout: Duration,
-    /// Seconds that a connection may stay open without a request
+    /// Seconds that a connection may stay open without a request or a call
     #[arg(long, default_value = "120", value_parser = seconds)]
     pub idle_timeout: Duration,
     /// Seconds of silence after which a comment is sent on a stream, or a ping on a connection of gRPC
     #[arg(long, default_value = "10", value_parser = seconds)]
     pub keep_alive: Duration,
-    /// Seconds that a client may take nothing of what is written to it
+    /// Seconds that a client may take nothing of what is written to it; over gRPC of any one call
     #[arg(long, default_value = "30", value_parser = seconds)]
     pub write_timeout: Duration,
     /// Connections at once [default: as many as open files are allowed, less 128, at most 4096]
     #[arg(long, value_parser = count(1..=1 << 20))]
     pub max_connections: Option<usize>,
     /// Calls at once on one connection of gRPC; those beyond it wait at the client
-    #[arg(long, default_value_t = 1024, value_parser = RangedU64ValueParser::<u32>::new().range(1..=1 << 20))]
+    #[arg(long, default_value_t = 128, value_parser = RangedU64ValueParser::<u32>::new().range(1..=1 << 20))]
     pub max_streams: u32,
     /// Seconds that running requests get to finish after SIGTERM
     #[arg(long, default_value = "30", value_parser = seconds)]

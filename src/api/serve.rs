@@ -44,9 +44,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes that a client of HTTP/2 begins with.
 const PREFACE: usize = 24;
 
-/// The largest head of a call, in bytes, uncompressed.
-const MAX_HEADERS: u32 = 16 << 10;
-
 /// The largest frame that clients may send, in bytes: what all of them send anyway.
 const MAX_FRAME: u32 = 16 << 10;
 
@@ -285,7 +282,7 @@ fn http2(limits: &Limits) -> http2::Builder<TokioExecutor> {
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams)
-        .max_header_list_size(MAX_HEADERS)
+        .max_header_list_size(limits.max_header_bytes as u32)
         .max_frame_size(MAX_FRAME)
         .max_send_buf_size(SEND_BUFFER)
         // A peer that is gone answers no ping.

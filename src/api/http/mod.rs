@@ -44,9 +44,9 @@ const RETRY_FULL: Duration = Duration::from_secs(1);
 pub struct Limits {
     /// Largest body.
     pub max_body_bytes: usize,
-    /// Largest head, with its first line.
+    /// Largest head, with its first line; over HTTP/2 uncompressed, as HPACK counts.
     pub max_header_bytes: usize,
-    /// Most headers.
+    /// Most headers over HTTP/1; over HTTP/2 the size of the head bounds them.
     pub max_headers: usize,
     /// Longest time for the head, and again for the body, to arrive.
     pub body_timeout: Duration,
@@ -75,7 +75,7 @@ impl Default for Limits {
             keep_alive: Duration::from_secs(10),
             write_timeout: Duration::from_secs(30),
             max_connections: 1024,
-            max_streams: 1024,
+            max_streams: 128,
             closing_grace: Duration::from_secs(5),
         }
     }
