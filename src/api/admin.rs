@@ -89,7 +89,7 @@ async fn add_task(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -
 /// The fields of a request by somebody who may change the server. The body is read first: a client that
 /// is still writing would not hear the answer.
 async fn authorised(app: &App, headers: &HeaderMap, body: Body) -> Result<Fields> {
-    let body = read_body(body, &app.limits).await?;
+    let body = read_body(body, &app.limits, &app.room).await?;
     app.keys.administer(headers)?;
     json_fields(headers, &body)
 }

@@ -1,12 +1,13 @@
 //! What a client may cost: heads, time, prompts, requests at once. Each limit over real sockets, read
 //! until the server closes.
 
-use crate::harness::{BUNDLE, COMPLETIONS, Server, Setup, repeater};
+use crate::harness::{BUNDLE, COMPLETIONS, Server, Setup, called, message, repeater};
 use serde_json::{Value, json};
 use shoal::api::{Caps, Limits};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tonic::Code;
 
 const SOON: Duration = Duration::from_millis(20);
 const NEVER: Duration = Duration::from_secs(3600);
@@ -94,6 +95,40 @@ async fn an_answer_that_takes_long_is_not_idle() {
     }
     drop(gate);
     assert!(!stream.rest().await.is_empty());
+}
+
+#[tokio::test]
+async fn bodies_that_are_being_read_have_a_size_together() {
+    let room = 1000;
+    let limits = Limits {
+        max_body_bytes: room,
+        max_reading_bytes: room,
+        body_timeout: NEVER,
+        ..Limits::default()
+    };
+    let server = limited(limits).await;
+    let long = "z".repeat(room / 2);
+    let body = json!({"model": BUNDLE, "prompt": "a|", "stop": [long]});
+    let until = async |status: u16| loop {
+        let reply = server.client.post(COMPLETIONS, &body).await;
+        if reply.status == status {
+            return reply;
+        }
+    };
+    let whole = tokio::time::timeout(Duration::from_secs(30), async {
+        let mut slow = TcpStream::connect(server.client.0).await.unwrap();
+        let head =
+            format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {room}\r\n\r\n");
+        slow.write_all(format!("{head}{long}").as_bytes()).await.unwrap();
+        let reply = until(429).await;
+        assert_eq!(reply.error().3.as_deref(), Some("overloaded"));
+        let asked = called(message("image", &json!({"input": "a", "stop": [long]})), &[]);
+        let refused = server.rpc().await.shoal.generate_once(asked).await.unwrap_err();
+        assert_eq!(refused.code(), Code::ResourceExhausted);
+        drop(slow);
+        until(200).await;
+    });
+    whole.await.unwrap();
 }
 
 #[tokio::test]

@@ -86,7 +86,7 @@ pub async fn whole(
         refusal(error)
     };
     let (parts, body) = request.into_parts();
-    let bytes = match read_body(body, &app.limits).await {
+    let bytes = match read_body(body, &app.limits, &app.room).await {
         Ok(bytes) => bytes,
         Err(error) => return refuse(&error),
     };

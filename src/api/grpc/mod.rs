@@ -3,7 +3,9 @@
 //!
 //! A call passes through the same middleware as a request over HTTP: its id, its line in the access log,
 //! its panics. Must not know what a wire's messages mean. Invariants: every error is a row of the error
-//! table ([`mod@status`]); a call that the server does not understand is counted as over HTTP.
+//! table ([`mod@status`]); a call that the server does not understand is counted as over HTTP. Where a call
+//! has one message, it is read within the limits of bodies; a call with many has each message's size
+//! bounded, and otherwise only the limits of its connection.
 
 mod call;
 mod health;

@@ -13,6 +13,7 @@ use http_body_util::BodyExt;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 
 /// The header of a request's id, in and out.
 pub const REQUEST_ID: &str = "x-request-id";
@@ -106,9 +107,9 @@ pub fn milliseconds(name: &str, ms: f64) -> Result<Duration> {
     Err(Error::new(Kind::Invalid, message).with_param(name))
 }
 
-/// Reads a body within the limits of bytes and time.
-pub async fn read_body(body: Body, limits: &Limits) -> Result<Vec<u8>> {
-    let bytes = tokio::time::timeout(limits.body_timeout, read(body, limits.max_body_bytes));
+/// Reads a body within the limits of bytes and time; `room` is what all that are being read may have.
+pub async fn read_body(body: Body, limits: &Limits, room: &Semaphore) -> Result<Vec<u8>> {
+    let bytes = tokio::time::timeout(limits.body_timeout, read(body, limits.max_body_bytes, room));
     bytes.await.map_err(|_| {
         let message = format!("the body took longer than {:?}", limits.body_timeout);
         Error::new(Kind::RequestTimeout, message)
@@ -128,7 +129,7 @@ pub fn check_encoding(headers: &HeaderMap) -> Result<()> {
 /// Reads a body that nobody looks at, within the same limits, so that its client hears the answer.
 pub async fn discard(body: Body, limits: &Limits) {
     // However it ends, the answer is the same.
-    let _ = tokio::time::timeout(limits.body_timeout, read(body, 0)).await;
+    let _ = tokio::time::timeout(limits.body_timeout, read(body, 0, &Semaphore::new(0))).await;
 }
 
 /// The fields of a body that says of itself that it is JSON.
@@ -142,22 +143,36 @@ pub fn json_fields(headers: &HeaderMap, body: &[u8]) -> Result<Fields> {
     Fields::parse(body)
 }
 
-/// Collects a body. One that is too large is read on and thrown away: a client that is still writing
-/// would not hear the answer.
-async fn read(mut body: Body, limit: usize) -> Result<Vec<u8>> {
+/// Collects a body. One that is too large, or for which there is no room, is read on and thrown away: a
+/// client that is still writing would not hear the answer.
+async fn read(mut body: Body, limit: usize, room: &Semaphore) -> Result<Vec<u8>> {
     let (mut bytes, mut length) = (Vec::new(), 0);
+    // `None` once there was not enough.
+    let mut held = room.try_acquire_many(0).ok();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Error::new(Kind::Invalid, "the body ended early"))?;
         let Ok(data) = frame.into_data() else { continue };
         length += data.len();
         if length <= limit {
-            bytes.extend_from_slice(&data);
+            let more = room.try_acquire_many(data.len() as u32).ok();
+            held = held.zip(more).map(|(mut held, more)| {
+                held.merge(more);
+                held
+            });
+            match held {
+                Some(_) => bytes.extend_from_slice(&data),
+                None => bytes = Vec::new(),
+            }
         } else if length - limit > MAX_THROWN_AWAY {
             break;
         }
     }
     if length > limit {
         return Err(Error::new(Kind::TooLarge, format!("the body has more than {limit} bytes")));
+    }
+    if held.is_none() {
+        let message = "bodies that other clients are still sending leave no room for this one";
+        return Err(Error::new(Kind::Overloaded, message));
     }
     Ok(bytes)
 }

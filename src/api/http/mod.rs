@@ -32,6 +32,7 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::CorsLayer;
@@ -44,6 +45,9 @@ const RETRY_FULL: Duration = Duration::from_secs(1);
 pub struct Limits {
     /// Largest body.
     pub max_body_bytes: usize,
+    /// Bytes of all bodies that are being read; those beyond it are told to come back. At least the
+    /// largest body has room, whatever this says.
+    pub max_reading_bytes: usize,
     /// Largest head, with its first line; over HTTP/2 uncompressed, as HPACK counts.
     pub max_header_bytes: usize,
     /// Most headers over HTTP/1; over HTTP/2 the size of the head bounds them.
@@ -68,6 +72,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_body_bytes: 2 << 20,
+            max_reading_bytes: 256 << 20,
             max_header_bytes: 32 << 10,
             max_headers: 100,
             body_timeout: Duration::from_secs(30),
@@ -87,6 +92,8 @@ pub struct App {
     pub service: Service,
     /// What clients may cost.
     pub limits: Limits,
+    /// Bytes that bodies which are being read may still have.
+    pub room: Semaphore,
     /// Who may ask, and who may change the server.
     pub keys: Keys,
     /// Web pages of other origins that may ask, if any.
@@ -116,6 +123,7 @@ impl App {
         Self {
             service,
             limits,
+            room: Semaphore::new(limits.max_reading_bytes.max(limits.max_body_bytes)),
             keys: Keys::default(),
             cors: None,
             adapter_root: PathBuf::new(),
@@ -204,7 +212,7 @@ impl App {
         understand: impl FnOnce(&[u8], &Call) -> Result<T>,
     ) -> Result<T> {
         let read = async {
-            let body = read_body(body, &self.limits).await?;
+            let body = read_body(body, &self.limits, &self.room).await?;
             let call = Call::new(head)?;
             check_encoding(&head.headers)?;
             understand(&body, &call)
