@@ -7,6 +7,7 @@ use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use serde_json::{Value, json};
+use shoal::api::grpc::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use shoal::api::{Ended, Limits};
 use shoal::engine::State;
 use std::time::Duration;
@@ -185,6 +186,23 @@ async fn draining_cuts_no_stream_and_takes_no_call() {
     let address = server.grpc_address;
     assert_eq!(server.ended().await, Ended::Drained);
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_messages_does_not_hold_up_the_end() {
+    let limits = Limits { closing_grace: Duration::from_secs(3600), ..Limits::default() };
+    let server = Server::with(Setup { limits, ..Setup::default() }, repeater()).await;
+    let channel = server.rpc().await.channel;
+    let mut reflection = ServerReflectionClient::new(channel.clone());
+    let asked = reflection.server_reflection_info(futures::stream::pending()).await;
+    let mut reflected = asked.unwrap().into_inner();
+    let mut inference = GrpcInferenceServiceClient::new(channel);
+    let asked = inference.model_stream_infer(futures::stream::pending()).await;
+    let mut inferred = asked.unwrap().into_inner();
+    server.signals.send(()).await.unwrap();
+    assert_eq!(reflected.message().await.unwrap(), None);
+    assert_eq!(inferred.message().await.unwrap(), None);
+    assert_eq!(server.ended().await, Ended::Drained);
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::middleware::Next;
 use axum::response::Response;
+use futures::StreamExt;
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::{Code, Status};
@@ -71,6 +72,18 @@ fn duration(text: &str) -> Option<Duration> {
         "n" => Duration::from_nanos(count),
         _ => return None,
     })
+}
+
+/// The middleware of calls with many messages: they end when the server does, however long their client
+/// would go on.
+pub async fn many(
+    State(app): State<Arc<App>>,
+    request: axum::extract::Request,
+    next: Next,
+) -> Response {
+    let closing = app.closing.clone().cancelled_owned();
+    let until = |body: Body| Body::from_stream(body.into_data_stream().take_until(closing));
+    next.run(request.map(until)).await
 }
 
 /// The middleware of calls with one message: reads it within the limits of bytes and time, and refuses

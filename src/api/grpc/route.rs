@@ -2,7 +2,7 @@
 //! methods and nothing that a client made up.
 
 use super::DESCRIPTORS;
-use super::call::whole;
+use super::call::{many, whole};
 use crate::api::App;
 use axum::body::Body;
 use axum::extract::Request;
@@ -39,7 +39,7 @@ where
     methods(S::NAME).into_iter().fold(router, |router, (path, takes_stream)| {
         let route = post_service(service.clone());
         let route = match takes_stream {
-            true => route,
+            true => route.layer(middleware::from_fn_with_state(app.clone(), many)),
             false => route.layer(middleware::from_fn_with_state(app.clone(), whole)),
         };
         router.route(&path, route)
