@@ -51,6 +51,13 @@ impl Record {
         Arc::new(Self { id: id.into(), arrived: now(), parent, facts: Mutex::default() })
     }
 
+    /// The record of one of many requests that a call brings, which has just arrived.
+    pub fn within(call: &Self) -> Arc<Self> {
+        let record = Self::with_parent(call.id.clone(), call.parent.clone());
+        record.note(|facts| facts.key = call.facts().key);
+        record
+    }
+
     /// Adds to what is known.
     pub fn note(&self, add: impl FnOnce(&mut Facts)) {
         add(&mut self.facts.lock().unwrap_or_else(PoisonError::into_inner));

@@ -35,6 +35,7 @@ fn endless() -> Value {
 }
 
 const ONCE: &str = "/shoal.v1.Shoal/GenerateOnce";
+const MANY: &str = "/inference.GRPCInferenceService/ModelStreamInfer";
 
 fn short() -> Value {
     json!({"input": "ab"})
@@ -140,6 +141,8 @@ async fn what_is_no_message_is_refused_in_our_words() {
         (ONCE, &[0, 0, 0, 0, 9, 1], Code::InvalidArgument, "cannot be read"),
         (ONCE, &[1, 0, 0, 0, 0], Code::InvalidArgument, "cannot be read"),
         (ONCE, &[], Code::InvalidArgument, "cannot be read"),
+        (MANY, &[0, 0, 0, 0, 2, 0xff, 0xff], Code::InvalidArgument, "cannot be read"),
+        (MANY, &[0, 0, 0, 8, 0], Code::OutOfRange, "cannot be read"),
         ("/shoal.v1.Shoal/Nothing", &[], Code::Unimplemented, "no such service or method"),
         ("/none", &[], Code::Unimplemented, "no such service or method"),
     ] {
@@ -147,8 +150,8 @@ async fn what_is_no_message_is_refused_in_our_words() {
         assert_eq!(status.code(), code, "{path}: {status}");
         assert!(status.message().contains(said), "{status}");
     }
-    assert_eq!(outcomes(&server, "too_large").await, 1.0);
-    assert_eq!(outcomes(&server, "invalid").await, 4.0);
+    assert_eq!(outcomes(&server, "too_large").await, 2.0);
+    assert_eq!(outcomes(&server, "invalid").await, 5.0);
 }
 
 #[tokio::test]

@@ -12,6 +12,9 @@ use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 use serde_json::json;
+use shoal::api::grpc::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
+use shoal::api::grpc::inference::model_infer_request::InferInputTensor;
+use shoal::api::grpc::inference::{InferTensorContents, ModelInferRequest};
 use shoal::telemetry::traces::Traces;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -130,6 +133,53 @@ async fn a_call_is_a_span_with_the_code_that_it_ended_with() {
         assert_eq!(attribute(span, "rpc.grpc.status_code").as_deref(), Some(code));
         assert_eq!(attribute(span, "http.response.status_code").as_deref(), Some("200"));
     }
+}
+
+#[tokio::test]
+async fn each_request_of_a_stream_is_a_span_of_its_own() {
+    let (endpoint, mut received) = collector().await;
+    let traces = Arc::new(Traces::start(&endpoint, "test-service").unwrap());
+    let setup = Setup { traces: Some(traces.clone()), ..Setup::default() };
+    let server = Server::with(setup, repeater()).await;
+    let mut client = GrpcInferenceServiceClient::new(server.rpc().await.channel);
+    let asked = |model: &str| ModelInferRequest {
+        model_name: model.into(),
+        inputs: vec![InferInputTensor {
+            name: "text_input".into(),
+            datatype: "BYTES".into(),
+            shape: vec![1],
+            contents: Some(InferTensorContents {
+                bytes_contents: vec![b"a fox".to_vec()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let asked = futures::stream::iter([asked("image"), asked("none"), asked("music")]);
+    let mut call = tonic::Request::new(asked);
+    call.metadata_mut().insert("traceparent", parent.parse().unwrap());
+    let mut stream = client.model_stream_infer(call).await.unwrap().into_inner();
+    while stream.message().await.unwrap().is_some() {}
+
+    let finishing = traces.clone();
+    tokio::task::spawn_blocking(move || finishing.finish()).await.unwrap();
+    let (_, sent) = received.recv().await.unwrap();
+    let spans = sent.resource_spans[0].scope_spans[0].spans.iter();
+    let spans = spans.filter(|span| span.name.ends_with("/ModelStreamInfer"));
+    let mut said: Vec<_> = spans
+        .map(|span| {
+            assert_eq!(hex(&span.parent_span_id), "00f067aa0ba902b7");
+            let of = |name| attribute(span, name).unwrap_or_default();
+            let (model, code) = (of("gen_ai.request.model"), of("rpc.grpc.status_code"));
+            (model, code, of("gen_ai.usage.output_tokens"))
+        })
+        .collect();
+    said.sort();
+    let said: Vec<_> = said.iter().map(|(a, b, c)| [a.as_str(), b, c]).collect();
+    let whole_call = ["", "0", ""];
+    assert_eq!(said, [whole_call, ["", "5", ""], ["image", "0", "4"], ["music", "0", "4"]]);
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -3,7 +3,7 @@
 use super::status::refusal;
 use crate::api::App;
 use crate::api::http::call::{Call, Head, MAX_TIMEOUT_MS, read_body};
-use crate::api::ticket::Ticket;
+use crate::api::ticket::{Chunk, Ticket};
 use crate::error::{Error, Kind, Result};
 use crate::request::Request;
 use axum::body::Body;
@@ -11,7 +11,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::middleware::Next;
 use axum::response::Response;
-use futures::StreamExt;
+use futures::stream::{self, Stream, StreamExt};
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::{Code, Status};
@@ -39,6 +39,21 @@ pub fn read<T, A>(
 ) -> Result<A> {
     let read = || understand(message, &call(head)?);
     read().inspect_err(|error| app.service.count_refused(&head.record, error))
+}
+
+/// What `message` makes of a ticket's chunks, until the last or an error. The ticket is over and recorded
+/// with the last, not when the client has read it.
+pub fn messages<T>(
+    ticket: Ticket,
+    message: impl FnMut(Result<Chunk>, &Ticket) -> T,
+) -> impl Stream<Item = T> {
+    stream::unfold(Some((ticket, message)), |live| async move {
+        // One binding: however it ends, the ticket goes before what the messages hold.
+        let mut live = live?;
+        let chunk = live.0.next().await?;
+        let said = live.1(chunk, &live.0);
+        Some((said, (!live.0.is_over()).then_some(live)))
+    })
 }
 
 /// What the head of a call says.
@@ -74,6 +89,16 @@ fn duration(text: &str) -> Option<Duration> {
     })
 }
 
+/// Why a message could not be read, in our words, if it is the message's fault.
+pub fn unreadable(status: &Status) -> Option<Error> {
+    let kind = match status.code() {
+        Code::Internal => Kind::Invalid,
+        Code::OutOfRange => Kind::TooLarge,
+        _ => return None,
+    };
+    Some(Error::new(kind, format!("the message cannot be read: {}", status.message())))
+}
+
 /// The middleware of calls with many messages: they end when the server does, however long their client
 /// would go on.
 pub async fn many(
@@ -107,11 +132,8 @@ pub async fn whole(
     let response = next.run(request).await;
     // What has no outcome was not seen by a wire, and an internal error of it is the message's fault.
     let status = Status::from_header_map(response.headers());
-    match status.filter(|status| status.code() == Code::Internal) {
-        Some(status) if head.record.facts().outcome.is_none() => {
-            let message = format!("the message cannot be read: {}", status.message());
-            refuse(&Error::new(Kind::Invalid, message))
-        }
+    match status.as_ref().and_then(unreadable) {
+        Some(error) if head.record.facts().outcome.is_none() => refuse(&error),
         _ => response,
     }
 }

@@ -13,7 +13,7 @@ mod route;
 mod shoal;
 mod status;
 
-pub use call::submit;
+pub use call::{messages, submit, unreadable};
 pub use status::{refusal, status};
 
 use super::http::call::Head;

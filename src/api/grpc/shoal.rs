@@ -1,7 +1,7 @@
 //! `shoal.v1`: the native wire in messages. What a message holds becomes a [`Request`] here, and what
 //! the native reply says becomes a message.
 
-use super::call::{read, submit};
+use super::call::{messages, read, submit};
 use super::proto::{self, generate_request, shoal_server};
 use super::status::status;
 use crate::api::App;
@@ -17,7 +17,7 @@ use crate::error::{Error, Result as Checked};
 use crate::request::{Grammar, Input, Params, Request, Timing, Usage};
 use crate::task::{Control, ControlKind, Task};
 use futures::StreamExt;
-use futures::stream::{self, BoxStream, Stream};
+use futures::stream::BoxStream;
 use prost_types::value::Kind as Value;
 use serde_json::{Number, Value as Json};
 use std::collections::BTreeMap;
@@ -37,7 +37,12 @@ impl shoal_server::Shoal for Wire {
         request: tonic::Request<proto::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let (ticket, writer) = self.open(request).await?;
-        Ok(Response::new(messages(ticket, writer).boxed()))
+        let answer = messages(ticket, move |chunk, ticket| {
+            let chunk = chunk.map_err(|error| status(&error))?;
+            let last = ticket.is_over().then(|| ticket.usage());
+            Ok(message(&writer, &[chunk], last))
+        });
+        Ok(Response::new(answer.boxed()))
     }
 
     async fn generate_once(
@@ -221,25 +226,6 @@ fn json(value: prost_types::Value) -> Option<Json> {
         Some(Value::StructValue(object)) => {
             let fields = object.fields.into_iter();
             fields.map(|(name, value)| Some((name, json(value)?))).collect::<Option<_>>()?
-        }
-    })
-}
-
-/// A ticket's chunks, a message each. An error ends them.
-fn messages(
-    ticket: Ticket,
-    writer: NativeWriter,
-) -> impl Stream<Item = Result<proto::GenerateResponse, Status>> {
-    stream::unfold(Some((ticket, writer)), |live| async move {
-        let (mut ticket, writer) = live?;
-        match ticket.next().await? {
-            Ok(chunk) => {
-                let last = ticket.is_over().then(|| ticket.usage());
-                let message = message(&writer, &[chunk], last);
-                // At the end it is recorded now, not when the client has read the last message.
-                Some((Ok(message), last.is_none().then_some((ticket, writer))))
-            }
-            Err(error) => Some((Err(status(&error)), None)),
         }
     })
 }

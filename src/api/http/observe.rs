@@ -29,16 +29,8 @@ pub async fn observe(
     let headers = request.headers();
     let record = Record::with_parent(Head::id(headers), traces::parent(&Caller(headers)));
     request.extensions_mut().insert(record.clone());
-    let mut line = Line {
-        route: request.extensions().get::<MatchedPath>().cloned(),
-        method: request.method().clone(),
-        record,
-        traces,
-        status: None,
-        grpc: None,
-        bytes: 0,
-        whole: false,
-    };
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let mut line = Line::new(record, request.method().clone(), route, traces);
     let mut response = next.run(request).await;
     if let Ok(id) = HeaderValue::from_str(&line.record.id) {
         response.headers_mut().insert(REQUEST_ID, id);
@@ -68,7 +60,7 @@ fn grpc_status(headers: &HeaderMap) -> Option<i32> {
 }
 
 /// The access log's line, written when dropped, and the end of the request's trace.
-struct Line {
+pub struct Line {
     route: Option<MatchedPath>,
     method: Method,
     record: Arc<Record>,
@@ -80,6 +72,28 @@ struct Line {
     bytes: usize,
     /// Whether the body was written to its end.
     whole: bool,
+}
+
+impl Line {
+    /// The line of a request that has just arrived.
+    pub fn new(
+        record: Arc<Record>,
+        method: Method,
+        route: Option<MatchedPath>,
+        traces: Option<Arc<Traces>>,
+    ) -> Self {
+        let (status, grpc) = (None, None);
+        Self { route, method, record, traces, status, grpc, bytes: 0, whole: false }
+    }
+
+    /// Adds a message of so many bytes of a call that brings many requests; `last` is the code that this
+    /// one ended with.
+    pub fn message(&mut self, bytes: usize, last: Option<i32>) {
+        self.bytes += bytes;
+        if last.is_some() {
+            (self.status, self.grpc, self.whole) = (Some(StatusCode::OK), last, true);
+        }
+    }
 }
 
 impl Drop for Line {

@@ -1,5 +1,8 @@
 //! `inference.GRPCInferenceService`: the protocol in messages. What a message holds becomes an [`Infer`],
 //! and tensors become a message; what they mean is [`super::infer`]'s.
+//!
+//! Each message of a stream is a request of its own: it is counted, logged and traced as one, and its time
+//! limits, which the stream's metadata may give, count from its own arrival.
 
 use super::infer::{Form, INPUT, Infer, OUTPUTS, understand};
 use super::tensor::{Datatype, Head as TensorHead, Tensor};
@@ -11,21 +14,25 @@ use crate::api::grpc::inference::model_infer_request::InferInputTensor;
 use crate::api::grpc::inference::model_infer_response::InferOutputTensor;
 use crate::api::grpc::inference::model_metadata_response::TensorMetadata;
 use crate::api::grpc::inference::*;
-use crate::api::grpc::{status, submit};
+use crate::api::grpc::{messages, status, submit, unreadable};
 use crate::api::http::call::{Call, Head};
 use crate::api::http::health;
+use crate::api::http::observe::Line;
 use crate::api::http::respond::{log, tell};
 use crate::api::ticket::{Chunk, Ticket};
 use crate::error::{Error, Result as Checked};
 use crate::request::{self, Usage};
 use crate::telemetry::Record;
+use axum::extract::MatchedPath;
+use axum::http::Method;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream, Stream};
+use prost::Message;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::sync::Arc;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 /// How many requests of one stream are worked on at once; those beyond it wait.
 const AT_ONCE: usize = 256;
@@ -123,10 +130,16 @@ impl GrpcInferenceService for Wire {
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
         let head = Head::new(request.metadata().as_ref(), request.extensions());
+        let route = request.extensions().get::<MatchedPath>().cloned();
         let wire = self.clone();
         let answers = request.into_inner().map(move |message| match message {
-            Ok(message) => wire.clone().answers(head.clone(), message).map(Ok).boxed(),
-            Err(status) => stream::iter([Err(status)]).boxed(),
+            Ok(message) => {
+                let head = Head { record: Record::within(&head.record), ..head.clone() };
+                let (record, traces) = (head.record.clone(), wire.0.traces.clone());
+                let line = Line::new(record, Method::POST, route.clone(), traces);
+                wire.clone().answers(head, message, line).map(Ok).boxed()
+            }
+            Err(broken) => stream::iter([Err(wire.refuse(&head, broken))]).boxed(),
         });
         Ok(Response::new(answers.flatten_unordered(AT_ONCE).boxed()))
     }
@@ -149,59 +162,62 @@ impl Wire {
         submit(&self.0, head, message, read).await
     }
 
-    /// All responses to one message of a stream, the last of them marked.
+    /// The end of a stream that something came on that is no message.
+    fn refuse(&self, head: &Head, broken: Status) -> Status {
+        let Some(error) = unreadable(&broken) else { return broken };
+        self.0.service.count_refused(&head.record, &error);
+        status(&error)
+    }
+
+    /// All responses to one message of a stream, the last of them marked, and told to its line.
     fn answers(
         self,
         head: Head,
         message: ModelInferRequest,
+        mut line: Line,
     ) -> impl Stream<Item = ModelStreamInferResponse> + Send {
-        // Each message is a request of its own.
-        let head = Head { record: Record::new(head.record.id.clone()), ..head };
         let id = message.id.clone();
         let open = async move {
-            match self.open(&head, message, true).await {
-                Ok((ticket, reply)) => pieces(ticket, reply, id).boxed(),
-                Err(error) => stream::iter([failed(&error, id)]).boxed(),
-            }
+            let (ticket, reply) = match self.open(&head, message, true).await {
+                Ok(opened) => opened,
+                Err(error) => return stream::iter([failed(&error, id, &mut line)]).boxed(),
+            };
+            let response = move |chunk: Checked<Chunk>, ticket: &Ticket| match chunk {
+                Ok(chunk) => piece(&reply, chunk, ticket, &mut line),
+                Err(error) => failed(&error, id.clone(), &mut line),
+            };
+            messages(ticket, response).boxed()
         };
         stream::once(open).flatten()
     }
 }
 
-/// The responses of a request that the engine has taken.
-fn pieces(
-    ticket: Ticket,
-    reply: Reply,
-    id: String,
-) -> impl Stream<Item = ModelStreamInferResponse> + Send {
-    stream::unfold((Some(ticket), reply, id), |(ticket, reply, id)| async move {
-        let mut ticket = ticket?;
-        let response = match ticket.next().await? {
-            Err(error) => {
-                let failed = failed(&error, id.clone());
-                return Some((failed, (None, reply, id)));
-            }
-            Ok(chunk) => {
-                let mut message = reply.message(&[chunk], ticket.usage());
-                message.parameters.insert(FINAL.into(), flag(ticket.is_over()));
-                ModelStreamInferResponse {
-                    error_message: String::new(),
-                    infer_response: Some(message),
-                }
-            }
-        };
-        Some((response, (Some(ticket), reply, id)))
-    })
+/// A response with more of a text.
+fn piece(
+    reply: &Reply,
+    chunk: Chunk,
+    ticket: &Ticket,
+    line: &mut Line,
+) -> ModelStreamInferResponse {
+    let over = ticket.is_over();
+    let mut message = reply.message(&[chunk], ticket.usage());
+    message.parameters.insert(FINAL.into(), flag(over));
+    let response =
+        ModelStreamInferResponse { error_message: String::new(), infer_response: Some(message) };
+    line.message(response.encoded_len(), over.then_some(Code::Ok as i32));
+    response
 }
 
 /// The last response to a request that failed.
-fn failed(error: &Error, id: String) -> ModelStreamInferResponse {
+fn failed(error: &Error, id: String, line: &mut Line) -> ModelStreamInferResponse {
     log(error);
     let parameters = HashMap::from([(FINAL.to_owned(), flag(true))]);
-    ModelStreamInferResponse {
+    let response = ModelStreamInferResponse {
         error_message: tell(error).message.to_owned(),
         infer_response: Some(ModelInferResponse { id, parameters, ..Default::default() }),
-    }
+    };
+    line.message(response.encoded_len(), Some(error.kind.row().grpc));
+    response
 }
 
 fn read(
