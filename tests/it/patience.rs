@@ -12,7 +12,8 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-const SOON: Duration = Duration::from_millis(20);
+/// Long enough for a call to be sent on a new connection.
+const SOON: Duration = Duration::from_millis(200);
 
 /// A connection of HTTP/2 whose streams have so much room for answers, and its end.
 async fn connect(server: &Server, room: u32) -> (SendRequest<Full<Bytes>>, JoinHandle<()>) {
