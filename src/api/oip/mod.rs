@@ -45,21 +45,23 @@ pub fn refusal(error: &Error) -> (StatusCode, Value) {
 
 /// The routes of this wire.
 pub fn routes() -> Router<Arc<App>> {
-    let server = Router::new()
+    Router::new()
         .route("/v2", get(server))
         .route("/v2/health/live", get(live))
-        .route("/v2/health/ready", get(ready));
-    ["/v2/models/{model}", "/v2/models/{model}/versions/{version}"].iter().fold(
-        server,
-        |router, model| {
-            router
-                .route(model, get(metadata))
-                .route(&format!("{model}/ready"), get(model_ready))
-                .route(&format!("{model}/infer"), post(http::infer))
-                .route(&format!("{model}/generate"), post(generate::generate))
-                .route(&format!("{model}/generate_stream"), post(generate::generate_stream))
-        },
-    )
+        .route("/v2/health/ready", get(ready))
+        .route("/v2/models/{model}", get(metadata))
+        .route("/v2/models/{model}/ready", get(model_ready))
+        .route("/v2/models/{model}/infer", post(http::infer))
+        .route("/v2/models/{model}/generate", post(generate::generate))
+        .route("/v2/models/{model}/generate_stream", post(generate::generate_stream))
+        .route("/v2/models/{model}/versions/{version}", get(metadata))
+        .route("/v2/models/{model}/versions/{version}/ready", get(model_ready))
+        .route("/v2/models/{model}/versions/{version}/infer", post(http::infer))
+        .route("/v2/models/{model}/versions/{version}/generate", post(generate::generate))
+        .route(
+            "/v2/models/{model}/versions/{version}/generate_stream",
+            post(generate::generate_stream),
+        )
 }
 
 /// The model that a path names, which need not exist.
