@@ -318,8 +318,12 @@ pub struct Allowed {
 /// Why a text ended, when it ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
-    /// The end-of-text token or a stop string.
-    Stop,
+    /// A token that ends texts.
+    EndToken,
+    /// A stop string.
+    StopString,
+    /// Its grammar, behind which nothing may follow.
+    Grammar,
     /// `max_tokens` or the end of the context.
     Length,
 }
@@ -328,7 +332,7 @@ impl Finish {
     /// OpenAI's `finish_reason`.
     pub fn as_str(self) -> &'static str {
         match self {
-            Finish::Stop => "stop",
+            Finish::EndToken | Finish::StopString | Finish::Grammar => "stop",
             Finish::Length => "length",
         }
     }

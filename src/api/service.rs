@@ -120,11 +120,6 @@ impl Service {
         self.encoder.tokenizer()
     }
 
-    /// The token that ends a text; the first, if there are several.
-    pub fn end_of_text(&self) -> Option<u32> {
-        self.encoder.ends().first().copied()
-    }
-
     /// Counts a request that was refused before it could be understood.
     pub fn count_refused(&self, record: &Arc<Record>, error: &Error) {
         RequestMeter::new(self.metrics.clone(), record.clone()).end(error.kind.row().outcome);

@@ -55,8 +55,8 @@ pub struct ScoredToken {
 pub struct End {
     /// Why.
     pub finish: Finish,
-    /// The token that ended the text and is no part of it; nothing where a stop string, a grammar or the
-    /// length did. Its log-probability only if those of the others were asked for.
+    /// The token that ended the text and is no part of it, if one did. Its log-probability only if those
+    /// of the others were asked for.
     pub stop_token: Option<ScoredToken>,
     /// Words of the whole generated text, split at Unicode white space.
     pub words: u32,
@@ -161,7 +161,6 @@ struct Running {
     decoder: Incremental,
     scribe: Option<Scribe>,
     words: Words,
-    tokens: u32,
     max_new: u32,
     /// The chunk of the last token, which waits for the finish reason.
     last: Option<Chunk>,
@@ -303,9 +302,8 @@ impl Ticket {
                 chunk.logprobs = Some(scribe.prompt(tokenizer, &echo.tokens, scores));
                 return Ok(Some(chunk));
             }
-            Event::Token { id, logprob, timing } => {
+            Event::Token { id, logprob, timing, last } => {
                 self.usage.completion_tokens += 1;
-                choice.tokens += 1;
                 self.answering = true;
                 self.meter.token();
                 // People are not shown special tokens; their chunks are empty.
@@ -318,10 +316,10 @@ impl Ticket {
                 }
                 choice.words.read(&chunk.text);
                 if piece.stopped {
-                    let (finish, words) = (Finish::Stop, choice.words.count);
+                    let (finish, words) = (Finish::StopString, choice.words.count);
                     let end = End { finish, stop_token: None, words, experts: Vec::new() };
                     self.end(index, &mut chunk, timing, end);
-                } else if choice.tokens == choice.max_new {
+                } else if last {
                     choice.last = Some(chunk);
                     return Ok(None);
                 }
@@ -372,7 +370,6 @@ impl Running {
             decoder: Incremental::new(&terms.stop),
             scribe: terms.logprobs.then(Scribe::default),
             words: Words::default(),
-            tokens: 0,
             max_new: source.max_new,
             last: None,
         }

@@ -346,7 +346,7 @@ impl<R: Runner> Core<R> {
             metrics.ttft.observe((timing.queue + timing.prefill).as_secs_f64());
         }
         if body.job.stop_ids.contains(&token.token) {
-            return self.finish(chunk.slot, Finish::Stop, Some(token), now);
+            return self.finish(chunk.slot, Finish::EndToken, Some(token), now);
         }
         match body.job.guide.take() {
             Some(guide) => {
@@ -361,14 +361,17 @@ impl<R: Runner> Core<R> {
         let body = &mut self.scheduler.seq_mut(slot).body;
         body.job.tokens.push(token.token);
         let timing = body.timing(now);
-        body.reply.send(Event::Token { id: token.token, logprob: token.logprob, timing });
-        if !more {
-            return self.finish(slot, Finish::Stop, None, now);
+        let end = match (more, body.remaining()) {
+            (false, _) => Some(Finish::Grammar),
+            (true, 0) => Some(Finish::Length),
+            _ => None,
+        };
+        let (id, logprob, last) = (token.token, token.logprob, end.is_some());
+        body.reply.send(Event::Token { id, logprob, timing, last });
+        match end {
+            Some(finish) => self.finish(slot, finish, None, now),
+            None => self.scheduler.grow(slot),
         }
-        if body.remaining() == 0 {
-            return self.finish(slot, Finish::Length, None, now);
-        }
-        self.scheduler.grow(slot);
     }
 
     /// Ends a text well; `stop` is the token that ended it, if one did.

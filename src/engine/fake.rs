@@ -149,12 +149,12 @@ impl FakeRunner {
             let next = self.next(variant, &tokens, banned, allowed.as_deref());
             match next {
                 Some(next) if !job.stop_ids.contains(&next) => tokens.push(next),
-                _ => break Finish::Stop,
+                _ => break Finish::EndToken,
             }
             if let Some(guide) = &mut guide
                 && !matches!(next.map(|next| guide.accept(next)), Some(Ok(true)))
             {
-                break Finish::Stop;
+                break Finish::Grammar;
             }
         };
         (tokens.split_off(job.tokens.len()), end)

@@ -118,6 +118,8 @@ pub enum Event {
         logprob: Option<TokenLogprob>,
         /// Where the time went so far, for a client that ends here of its own accord.
         timing: Timing,
+        /// Whether the end is all that follows.
+        last: bool,
     },
     /// The end, well.
     Done {

@@ -134,6 +134,23 @@ async fn why_a_text_ended() {
 }
 
 #[tokio::test]
+async fn a_stop_string_of_the_task_ends_a_text_with_a_grammar_too() {
+    let mut setup = Setup::default();
+    setup.tasks[0].defaults.stop = Some(vec!["y".into()]);
+    let server = Server::with(setup, repeater()).await;
+    let grammar = json!({"type": "regex", "value": "xyzzz"});
+    let asked = json!({"adapter_id": "image", "grammar": grammar});
+    let reply = generate(&server, "a", asked.clone()).await;
+    let details = &reply["details"];
+    assert_eq!(details["finish_reason"], "stop_sequence");
+    assert_eq!(details["generated_tokens"], details["tokens"].as_array().unwrap().len());
+    let frames = frames(&server, "/generate_stream", &body("a", &asked)).await;
+    let last = frames.last().unwrap();
+    assert_eq!(last["generated_text"], reply["generated_text"]);
+    assert_eq!(last["details"]["finish_reason"], "stop_sequence");
+}
+
+#[tokio::test]
 async fn the_prompt_before_the_text_and_its_tokens_beside_it() {
     let server = Server::usual().await;
     let asked = json!({"return_full_text": true, "decoder_input_details": true});
@@ -299,10 +316,16 @@ async fn a_grammar_holds_the_text() {
     let reply = generate(&server, "a fox|", json!({"grammar": regex})).await;
     let text = reply["generated_text"].as_str().unwrap();
     assert!(text.len() == 3 && text.bytes().all(|byte| byte.is_ascii_digit()), "{text}");
-    assert_eq!(reply["details"]["finish_reason"], "eos_token");
+    let details = &reply["details"];
+    assert_eq!(details["finish_reason"], "eos_token");
+    let tokens = details["tokens"].as_array().unwrap();
+    assert_eq!((&details["generated_tokens"], shown(tokens)), (&json!(tokens.len()), text.into()));
+    assert!(tokens.iter().all(|token| token["logprob"].is_number()), "{details}");
     let stream = body("a fox|", &json!({"grammar": regex}));
-    let last = frames(&server, "/generate_stream", &stream).await.pop().unwrap();
-    assert_eq!(last["generated_text"], text);
+    let frames = frames(&server, "/generate_stream", &stream).await;
+    let last = frames.last().unwrap();
+    assert_eq!((&last["generated_text"], frames.len()), (&json!(text), tokens.len()));
+    assert_eq!(last["details"]["finish_reason"], "eos_token");
     let bad = body("a|", &json!({"grammar": {"type": "regex", "value": "("}}));
     let reply = server.client.post("/generate", &bad).await;
     assert_eq!((error(&reply).0, error(&reply).2.as_deref()), (422, Some("validation")));

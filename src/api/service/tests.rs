@@ -43,8 +43,8 @@ fn request(model: &str, input: Input) -> Request {
 async fn a_text_ends_with_any_of_its_ends() {
     let service = service(vec![20, 7]).await;
     for (first, tokens, finish, stop) in [
-        (5, 1, Finish::Stop, Some(7)),
-        (17, 2, Finish::Stop, Some(20)),
+        (5, 1, Finish::EndToken, Some(7)),
+        (17, 2, Finish::EndToken, Some(20)),
         (30, 8, Finish::Length, None),
     ] {
         for logprobs in [None, Some(1)] {

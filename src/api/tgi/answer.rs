@@ -35,8 +35,6 @@ pub struct TgiWriter {
     record: Arc<Record>,
     /// When the engine had taken the request.
     admitted: Instant,
-    /// The token that stands for the end of a text that its grammar ended.
-    end_of_text: Option<u32>,
     /// What was streamed.
     streamed: Transcript,
 }
@@ -130,18 +128,19 @@ impl Transcript {
         token
     }
 
-    /// Ends the text: why, and the token that ended it, which counts as one of its tokens. What a grammar
-    /// ended is shown to end with `complete`, as on this wire a token always does.
-    fn end(&mut self, end: &End, complete: Option<u32>) -> (Reason, Option<Token>) {
+    /// Ends the text: why, and the token that ended it, if one did, which counts as one of its tokens.
+    fn end(&mut self, end: &End) -> (Reason, Option<Token>) {
         self.text.push_str(&self.decoder.finish());
-        let (id, logprob) = match (end.finish, &end.stop_token, complete) {
-            (Finish::Length, ..) => return (Reason::Length, None),
-            (Finish::Stop, Some(token), _) => (token.id, token.logprob),
-            (Finish::Stop, None, Some(id)) => (id, None),
-            (Finish::Stop, None, None) => return (Reason::StopSequence, None),
+        let reason = match end.finish {
+            // This wire has no other word for a text that is complete.
+            Finish::EndToken | Finish::Grammar => Reason::EosToken,
+            Finish::StopString => Reason::StopSequence,
+            Finish::Length => Reason::Length,
         };
-        self.tokens += 1;
-        (Reason::EosToken, Some(lone(&self.tokenizer, id, logprob)))
+        let token = end.stop_token.as_ref();
+        let token = token.map(|token| lone(&self.tokenizer, token.id, token.logprob));
+        self.tokens += u32::from(token.is_some());
+        (reason, token)
     }
 }
 
@@ -160,19 +159,12 @@ impl TgiWriter {
             seed: ticket.seed(),
             record: record.clone(),
             admitted: now(),
-            end_of_text: service.end_of_text(),
             streamed: Transcript::new(service.tokenizer().clone()),
         }
     }
 
     fn seed(&self) -> Option<u64> {
         self.wanted.sampled.then_some(self.seed)
-    }
-
-    /// What a text ends with if its grammar and no stop string ended it.
-    fn complete(&self, text: &Transcript) -> Option<u32> {
-        let stopped = self.wanted.stop.iter().any(|stop| text.text.contains(stop));
-        self.end_of_text.filter(|_| self.wanted.grammar && !stopped)
     }
 
     fn top_tokens(&self, scored: &ScoredToken) -> Vec<Token> {
@@ -192,9 +184,7 @@ impl TgiWriter {
         let mut text = Transcript::new(self.streamed.tokenizer.clone());
         let mut tokens: Vec<Token> = scored.iter().map(|token| text.push(token)).collect();
         let end = reply.choices.iter().find_map(|choice| choice.end.as_ref());
-        let complete = self.complete(&text);
-        let (finish_reason, last) =
-            end.map_or((Reason::Length, None), |end| text.end(end, complete));
+        let (finish_reason, last) = end.map_or((Reason::Length, None), |end| text.end(end));
         tokens.extend(last);
         let top = scored.iter().filter(|_| self.wanted.top_tokens);
         let details = Details {
@@ -262,8 +252,7 @@ impl Writer for TgiWriter {
         }
         let mut reason = None;
         if let Some(end) = &chunk.end {
-            let complete = self.complete(&self.streamed);
-            let (why, token) = self.streamed.end(end, complete);
+            let (why, token) = self.streamed.end(end);
             reason = Some(why);
             tokens.extend(token.map(|token| (token, Vec::new())));
         }

@@ -24,10 +24,6 @@ pub struct Wanted {
     pub characters: usize,
     /// What stands before the text in `generated_text`.
     pub prefix: String,
-    /// Strings that end the text.
-    pub stop: Vec<String>,
-    /// Whether a grammar may end it too.
-    pub grammar: bool,
 }
 
 /// Reads a body, for `bundle` unless it names an adapter or a task.
@@ -59,7 +55,7 @@ pub fn read(
     refuse_unsupported(&mut given)?;
     let (params, sampled) = params(&mut given, draws, prefill)?;
     given.finish()?;
-    let mut wanted = Wanted {
+    let wanted = Wanted {
         stream,
         details: details || prefill,
         prefill,
@@ -67,8 +63,6 @@ pub fn read(
         sampled,
         characters: inputs.chars().count(),
         prefix: if full { inputs.clone() } else { String::new() },
-        stop: params.stop.clone().unwrap_or_default(),
-        grammar: false,
     };
     let inputs = vec![Input::Text(inputs)];
     let asked = Asked { model, inputs, params, usual_max_tokens: None };

@@ -36,7 +36,7 @@ fn a_job_hears_its_tokens_and_one_end() {
     let stopped = listen(handle.submit(stopping.clone()).unwrap());
     assert_eq!(
         (stopped.tokens.as_slice(), stopped.finish),
-        (&heard.tokens[..first], Some(Finish::Stop))
+        (&heard.tokens[..first], Some(Finish::EndToken))
     );
     assert_eq!((heard.stop, stopped.stop), (None, Some(Sampled { token: stop, logprob: None })));
     let params = Params { temperature: Some(0.0), logprobs: Some(2), ..Params::default() };

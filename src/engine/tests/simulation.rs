@@ -230,7 +230,7 @@ impl World {
                 match client.heard.failed.as_ref().map(|error| (error.kind, error.to_string())) {
                     None => {
                         self.tally.finished += 1;
-                        let stopped = client.heard.finish == Some(Finish::Stop);
+                        let stopped = client.heard.finish != Some(Finish::Length);
                         self.tally.guided += usize::from(stopped && client.job.guide.is_some());
                     }
                     Some((Kind::Deadline, _)) => self.tally.late += 1,
