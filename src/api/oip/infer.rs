@@ -68,6 +68,10 @@ pub fn understand(app: &App, model: Named, ask: Infer, call: &Call) -> Result<(R
         let message = format!("no output {other:?}; allowed: {}", OUTPUTS.join(", "));
         return Err(Error::invalid("outputs", message));
     }
+    // Each is written whole: twice the same would be twice all texts.
+    if let Some((_, name)) = outputs.iter().enumerate().find(|(i, n)| outputs[..*i].contains(n)) {
+        return Err(twice(&format!("output {name}")).with_param("outputs"));
+    }
     if outputs.is_empty() {
         outputs = OUTPUTS.map(str::to_owned).to_vec();
     }
