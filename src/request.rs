@@ -27,6 +27,8 @@ pub struct Request {
     pub debug: bool,
     /// The prompts; every one gives `n` texts.
     pub inputs: Vec<Input>,
+    /// What the client calls them.
+    pub prompt_field: &'static str,
     /// Control name to value, as given; checked against the task.
     pub controls: BTreeMap<String, serde_json::Value>,
     /// Sampling and lengths, as given.
@@ -42,16 +44,6 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// The first token must be out by then.
     pub first_token_deadline: Option<Instant>,
-}
-
-impl Request {
-    /// What its prompts are called in errors.
-    pub fn prompt_field(&self) -> &'static str {
-        match self.inputs.first() {
-            Some(Input::Chat(_)) => "messages",
-            _ => "prompt",
-        }
-    }
 }
 
 /// The prompt's form.

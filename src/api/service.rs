@@ -93,16 +93,12 @@ impl Service {
     /// Hands a request to the engine; all that can be wrong with it is known when this returns.
     pub async fn submit(&self, request: Request) -> Result<Ticket> {
         let mut meter = RequestMeter::new(self.metrics.clone(), request.record.clone());
-        let field = request.prompt_field();
+        let field = request.prompt_field;
         match self.admit(request, &mut meter).await {
             Ok((terms, sources)) => Ok(Ticket::new(terms, sources, meter)),
             Err(error) => {
                 meter.end(error.kind.row().outcome);
-                let of_prompt = match &error.param {
-                    Some(param) => param == "prompt",
-                    None => error.kind == Kind::ContextLength,
-                };
-                Err(if of_prompt { error.with_param(field) } else { error })
+                Err(named(error, field))
             }
         }
     }
@@ -112,7 +108,8 @@ impl Service {
         let found = self.catalog.find(&request.model)?;
         let capacity = self.engine.ready()?;
         let target = self.catalog.target(request, found, &self.engine)?;
-        self.encode(&target, request, capacity).await
+        let prompts = self.encode(&target, request, capacity).await;
+        prompts.map_err(|error| named(error, request.prompt_field))
     }
 
     /// Turns text into tokens and back.
@@ -178,6 +175,7 @@ impl Service {
             tokenizer: self.encoder.tokenizer().clone(),
             stop: params.stop.unwrap_or_default(),
             logprobs: params.logprobs.is_some() || !request.labels.is_empty(),
+            grammar: request.grammar.map(|(field, _)| field),
             debug: request.debug.then(|| target.adapters.map_or_else(Vec::new, |a| a.parts)),
             prompt_tokens,
             seed,
@@ -235,6 +233,15 @@ impl Service {
         let subject = Subject { prompts: prompts.clone(), task: task.clone(), raw: *raw, most };
         self.encoder.encode(subject, request, capacity).await
     }
+}
+
+/// The error, with the prompt called as the client calls it.
+fn named(error: Error, prompt_field: &'static str) -> Error {
+    let of_prompt = match &error.param {
+        Some(param) => param == "prompt",
+        None => error.kind == Kind::ContextLength,
+    };
+    if of_prompt { error.with_param(prompt_field) } else { error }
 }
 
 /// Does a part of a request's work unless its deadlines pass before that is done.

@@ -106,6 +106,8 @@ pub struct Terms {
     pub stop: Vec<String>,
     /// Whether chunks carry log-probabilities.
     pub logprobs: bool,
+    /// The field that says what a text must look like.
+    pub grammar: Option<&'static str>,
     /// Name, generation and weight of each adapter, where that is to be reported.
     pub debug: Option<Vec<(String, u64, f32)>>,
     /// Tokens of all prompts.
@@ -293,7 +295,13 @@ impl Ticket {
         let choice = &mut self.running[index];
         let mut chunk = Chunk::empty(index);
         match event {
-            Event::Failed(error) => return Err(error),
+            Event::Failed(error) => {
+                let of_grammar = error.param.as_deref() == Some("grammar");
+                return Err(match self.terms.grammar.filter(|_| of_grammar) {
+                    Some(field) => error.with_param(field),
+                    None => error,
+                });
+            }
             Event::Prompt(scores) => {
                 let (Some(echo), Some(scribe)) = (choice.echo.take(), &mut choice.scribe) else {
                     return Ok(None);

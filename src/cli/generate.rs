@@ -97,6 +97,7 @@ impl Generate {
             task: None,
             debug: false,
             inputs: vec![Input::Text(self.input.clone())],
+            prompt_field: "input",
             controls,
             params,
             labels: Vec::new(),

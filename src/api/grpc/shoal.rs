@@ -9,7 +9,7 @@ use crate::api::http::answer::{Tokens, server_timing, unix_time};
 use crate::api::http::call::{Call, Head, milliseconds};
 use crate::api::http::debug::Debug;
 use crate::api::http::fields::missing;
-use crate::api::native::{NativeWriter, Piece, renamed};
+use crate::api::native::{NativeWriter, Piece};
 use crate::api::openai::{Logprobs, Top};
 use crate::api::score::Score;
 use crate::api::ticket::{Chunk, Ticket};
@@ -109,7 +109,7 @@ impl Wire {
 fn named(error: Error) -> Error {
     match error.param.as_deref() {
         Some("task") => error.with_param("as_task"),
-        _ => renamed(error),
+        _ => error,
     }
 }
 
@@ -154,6 +154,7 @@ fn understand(message: proto::GenerateRequest, call: &Call) -> Checked<Request> 
         task: message.as_task,
         debug: message.debug.is_some_and(|debug| debug.routing),
         inputs: vec![Input::Text(input)],
+        prompt_field: "input",
         controls: controls(message.controls.unwrap_or_default())?,
         params,
         labels: Vec::new(),

@@ -20,6 +20,8 @@ pub struct Asked {
     pub model: String,
     /// The prompts.
     pub inputs: Vec<Input>,
+    /// The field that they are in.
+    pub prompt_field: &'static str,
     /// Sampling and lengths.
     pub params: Params,
     /// What `max_tokens` is where nobody says; `None` is all that the context leaves.
@@ -28,7 +30,7 @@ pub struct Asked {
 
 /// Reads the rest of a body, after the fields of its own that a wire has taken.
 pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
-    let Asked { model, inputs, params, usual_max_tokens } = asked;
+    let Asked { model, inputs, prompt_field, params, usual_max_tokens } = asked;
     let controls = body.take("controls")?.unwrap_or_default();
     let adapters = mixture(&mut body)?;
     let grammar = grammar(&mut body)?;
@@ -66,6 +68,7 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         task,
         debug,
         inputs,
+        prompt_field,
         controls,
         params,
         labels: Vec::new(),

@@ -10,7 +10,7 @@ use crate::api::http::respond::to_json;
 use crate::api::http::{App, Segment, segment};
 use crate::api::openai::Logprobs;
 use crate::api::ticket::{Chunk, Reply, Ticket};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::request::{Input, Request, Usage};
 use crate::text::Tokenizer;
 use axum::body::Body;
@@ -28,17 +28,9 @@ pub async fn generate(
 ) -> Result<Response> {
     let read = |fields: Fields, call: &Call| native(fields, segment(task)?, call);
     let (request, stream) = app.read(&head, body, read).await?;
-    let ticket = app.service.submit(request).await.map_err(renamed)?;
+    let ticket = app.service.submit(request).await?;
     let writer = NativeWriter::new(&app.service, &ticket, app.bundle.clone());
     app.answer(ticket, writer, stream).await
-}
-
-/// Names the prompt as this wire does.
-pub fn renamed(error: Error) -> Error {
-    match error.param.as_deref() {
-        Some("prompt") => error.with_param("input"),
-        _ => error,
-    }
 }
 
 /// Reads a body, and whether its answer is to be streamed.
@@ -47,7 +39,8 @@ fn native(mut body: Fields, task: String, call: &Call) -> Result<(Request, bool)
     let stream = body.take("stream")?.unwrap_or(false);
     let params = params(&mut body)?;
     let inputs = vec![Input::Text(input)];
-    let asked = Asked { model: task, inputs, params, usual_max_tokens: None };
+    let prompt_field = "input";
+    let asked = Asked { model: task, inputs, prompt_field, params, usual_max_tokens: None };
     Ok((request(body, call, asked)?, stream))
 }
 

@@ -4,7 +4,7 @@ mod generate;
 mod score;
 mod tasks;
 
-pub use generate::{NativeWriter, Piece, renamed};
+pub use generate::{NativeWriter, Piece};
 pub use tasks::task_entry;
 
 use super::http::App;

@@ -1,6 +1,5 @@
 //! `POST /v1/tasks/{task}/score`: a task's input and labels in, how likely each is out.
 
-use super::generate::renamed;
 use crate::api::http::answer::{Tokens, server_timing, unix_time};
 use crate::api::http::call::{Call, Head};
 use crate::api::http::fields::{Fields, missing};
@@ -25,7 +24,7 @@ pub async fn score(
     let understand = |fields: Fields, call: &Call| read(fields, segment(task)?, call);
     let request = app.read(&head, body, understand).await?;
     let (task, labels) = (request.model.clone(), request.labels.clone());
-    let scores = app.service.score(request).await.map_err(renamed)?;
+    let scores = app.service.score(request).await?;
     let data = labels.iter().zip(&scores.labels).map(|(label, score)| {
         json!({
             "label": label,
@@ -51,6 +50,7 @@ fn read(mut body: Fields, task: String, call: &Call) -> Result<Request> {
     let input: String = body.take("input")?.ok_or_else(|| missing("input"))?;
     let labels: Vec<String> = body.take("labels")?.ok_or_else(|| missing("labels"))?;
     let (inputs, params) = (vec![Input::Text(input)], Params::default());
-    let asked = Asked { model: task, inputs, params, usual_max_tokens: None };
+    let prompt_field = "input";
+    let asked = Asked { model: task, inputs, prompt_field, params, usual_max_tokens: None };
     Ok(Request { labels, ..request(body, call, asked)? })
 }

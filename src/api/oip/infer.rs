@@ -97,7 +97,8 @@ pub fn generation(
     fields.refuse("debug")?;
     let params = Params { echo: fields.take("echo")?, ..sampling(&mut fields)? };
     let inputs = prompts.into_iter().map(Input::Text).collect();
-    request(fields, call, Asked { model, inputs, params, usual_max_tokens: None })
+    let prompt_field = INPUT;
+    request(fields, call, Asked { model, inputs, prompt_field, params, usual_max_tokens: None })
 }
 
 /// The parameters with those that are controls of the task in `controls`, an object.

@@ -39,7 +39,8 @@ fn read(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
     let delivery = Delivery::read(&mut body)?;
     let params = Params { logprobs: logprobs(&mut body)?, ..sampling(&mut body)? };
     let inputs = vec![Input::Chat(messages)];
-    let asked = Asked { model, inputs, params, usual_max_tokens: None };
+    let prompt_field = "messages";
+    let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens: None };
     Ok((request(body, call, asked)?, delivery))
 }
 

@@ -42,7 +42,8 @@ fn completion(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
     let inputs = prompts(prompt)?;
     let delivery = Delivery::read(&mut body)?;
     let params = params(&mut body)?;
-    let asked = Asked { model, inputs, params, usual_max_tokens: Some(USUAL_MAX_TOKENS) };
+    let (prompt_field, usual_max_tokens) = ("prompt", Some(USUAL_MAX_TOKENS));
+    let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens };
     Ok((request(body, call, asked)?, delivery))
 }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::fake::FakeRunner;
-use crate::engine::{Settings, State, start};
+use crate::engine::{Event, Settings, State, start};
 use crate::request::{Finish, Input, Message};
 use crate::text::fixture;
 
@@ -28,6 +28,7 @@ fn request(model: &str, input: Input) -> Request {
         adapters: None,
         task: None,
         debug: false,
+        prompt_field: if matches!(input, Input::Chat(_)) { "messages" } else { "prompt" },
         inputs: vec![input],
         controls: Default::default(),
         labels: Vec::new(),
@@ -85,4 +86,45 @@ async fn what_is_wrong_with_a_conversation_is_said_of_messages() {
         let error = submit(model, &messages).await.unwrap_err();
         assert_eq!((error.param.as_deref(), error.code), (Some(param), code), "{error}");
     }
+}
+
+#[tokio::test]
+async fn a_grammar_that_fails_on_the_way_is_called_as_the_client_calls_it() {
+    let metrics = Arc::new(Metrics::new(&[]));
+    let (record, tokenizer) = (Record::new("r"), Tokenizer::from_json(fixture::GPT2_TINY).unwrap());
+    let meter = RequestMeter::new(metrics, record.clone());
+    let (events, heard) = tokio::sync::mpsc::channel(1);
+    let terms = Terms {
+        record,
+        model: "tiny".into(),
+        tokenizer: Arc::new(tokenizer),
+        stop: Vec::new(),
+        logprobs: false,
+        grammar: Some("regex"),
+        debug: None,
+        prompt_tokens: 1,
+        seed: 0,
+        deadline: None,
+        first_token_deadline: None,
+        in_flight: InFlight::new(&watch::Sender::new(0), 1).unwrap(),
+    };
+    let source = Source { events: heard, max_new: 1, echo: None };
+    events.send(Event::Failed(Error::invalid("grammar", "too large"))).await.unwrap();
+    let error = Ticket::new(terms, vec![source], meter).collect().await.unwrap_err();
+    assert_eq!(error.param.as_deref(), Some("regex"));
+}
+
+#[tokio::test]
+async fn labels_and_their_prompt_have_a_length() {
+    let service = service(vec![0]).await;
+    let score = async |service: &Service, label: &str| {
+        let request = request("tiny", Input::Tokens(vec![1, 2]));
+        service.submit(Request { labels: vec![label.into()], ..request }).await.map(|_| ())
+    };
+    let long = "one two three four five six";
+    score(&service, long).await.unwrap();
+    let capped = service.with_caps(Caps { input_tokens: Some(4), ..Caps::default() });
+    score(&capped, "a").await.unwrap();
+    let error = score(&capped, long).await.unwrap_err();
+    assert_eq!((error.kind, error.param.as_deref()), (Kind::ContextLength, Some("labels")));
 }

@@ -65,7 +65,8 @@ pub fn read(
         prefix: if full { inputs.clone() } else { String::new() },
     };
     let inputs = vec![Input::Text(inputs)];
-    let asked = Asked { model, inputs, params, usual_max_tokens: None };
+    let prompt_field = "inputs";
+    let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens: None };
     let request = request(body, call, asked)?;
     let request = Request { grammar: grammar.or(request.grammar), ..request };
     wanted.grammar = request.grammar.is_some();
