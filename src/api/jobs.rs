@@ -77,8 +77,14 @@ impl Plan<'_> {
         Ok(planned)
     }
 
-    /// Each label after the request's one prompt, to be scored. The engine computes what they share once.
-    pub fn labels(&self, prompts: Vec<Prompt>, tokenizer: &Tokenizer) -> Result<Planned> {
+    /// Each label after the request's one prompt, to be scored: up to `most` tokens together. The engine
+    /// computes what they share once.
+    pub fn labels(
+        &self,
+        prompts: Vec<Prompt>,
+        tokenizer: &Tokenizer,
+        most: usize,
+    ) -> Result<Planned> {
         let prompt: Vec<u32> = prompts.into_iter().flat_map(|prompt| prompt.tokens).collect();
         let sampling = Arc::new(Params::default().sampling());
         let mut planned =
@@ -86,7 +92,12 @@ impl Plan<'_> {
         for label in &self.request.labels {
             let label_tokens = tokenizer.encode_plain(label)?;
             let tokens = [prompt.as_slice(), &label_tokens].concat();
-            fits(tokens.len(), 0, self.context)?;
+            if tokens.len() > most {
+                let count = tokens.len();
+                let message =
+                    format!("a label and the prompt have {count} tokens; allowed: up to {most}");
+                return Err(Error::new(Kind::ContextLength, message).with_param("labels"));
+            }
             planned.prompt_tokens += label_tokens.len() as u32;
             planned.jobs.push(Job {
                 score_prompt: Some(0),

@@ -162,7 +162,10 @@ impl Service {
         let guide = in_time(&request, self.encoder.guide(&request)).await?;
         let Planned { jobs, echoes, prompt_tokens } = match request.labels.is_empty() {
             true => plan.texts(prompts, guide)?,
-            false => plan.labels(prompts, self.encoder.tokenizer())?,
+            false => {
+                let most = self.caps.input_tokens.unwrap_or(capacity.context);
+                plan.labels(prompts, self.encoder.tokenizer(), most.min(capacity.context))?
+            }
         };
         let most: Vec<u32> = jobs.iter().map(|job| job.max_new).collect();
         let events = self.engine.submit_all(jobs)?;
