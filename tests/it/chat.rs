@@ -155,7 +155,18 @@ async fn texts_and_tokens() {
         ("/tokenize", json!({}), "messages"),
         ("/tokenize", json!({"prompt": "x", "model": "none"}), "model"),
         ("/tokenize", json!({"prompt": "x", "max_tokens": 3}), "max_tokens"),
+        ("/tokenize", json!({"prompt": "x", "regex": "a"}), "regex"),
+        ("/tokenize", json!({"prompt": "x", "debug": {"routing": true}}), "debug"),
+        ("/tokenize", json!({"prompt": "x", "task": "image"}), "task"),
+        ("/tokenize", json!({"prompt": "x", "adapters": []}), "adapters"),
+        ("/tokenize", json!({"prompt": "x", "timeout_ms": 5}), "timeout_ms"),
+        ("/tokenize", json!({"messages": user(&"x ".repeat(900)), "model": "image"}), "messages"),
         ("/detokenize", json!({"tokens": [9999]}), "tokens"),
+        (
+            "/v1/tasks/image/score",
+            json!({"input": "x", "labels": ["a"], "debug": {"routing": true}}),
+            "debug",
+        ),
         ("/detokenize", json!({}), "tokens"),
     ] {
         let (_, _, at, _) = server.client.post(path, &body).await.error();

@@ -47,6 +47,7 @@ pub async fn score(
 
 /// Reads a body: nothing of it is about sampling.
 fn read(mut body: Fields, task: String, call: &Call) -> Result<Request> {
+    body.refuse("debug")?;
     let input: String = body.take("input")?.ok_or_else(|| missing("input"))?;
     let labels: Vec<String> = body.take("labels")?.ok_or_else(|| missing("labels"))?;
     let (inputs, params) = (vec![Input::Text(input)], Params::default());

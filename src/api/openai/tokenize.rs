@@ -37,13 +37,19 @@ fn text(mut body: Fields, call: &Call, bundle: &str) -> Result<(Request, bool)> 
     let names = body.take("return_token_strs")?.unwrap_or(false);
     // There is no token that a tokenizer of this kind would add by itself.
     body.take::<bool>("add_special_tokens")?;
-    let input = match body.take("prompt")? {
-        Some(prompt) => Input::Text(prompt),
-        None => Input::Chat(messages(&mut body)?),
+    let (input, prompt_field) = match body.take("prompt")? {
+        Some(prompt) => (Input::Text(prompt), "prompt"),
+        None => (Input::Chat(messages(&mut body)?), "messages"),
     };
-    let params = Params::default();
-    let asked = Asked { model, inputs: vec![input], params, usual_max_tokens: None };
-    Ok((request(body, call, asked)?, names))
+    // Of what bodies share, only controls are part of a prompt.
+    let mut shared = Fields::default();
+    if let Some(controls) = body.take_value("controls") {
+        shared.put("controls", controls)?;
+    }
+    body.finish()?;
+    let (inputs, params) = (vec![input], Params::default());
+    let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens: None };
+    Ok((request(shared, call, asked)?, names))
 }
 
 /// `{"tokens"}`; a `model` is of no consequence, for all have one tokenizer.

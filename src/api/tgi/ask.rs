@@ -68,9 +68,11 @@ pub fn read(
     let prompt_field = "inputs";
     let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens: None };
     let request = request(body, call, asked)?;
-    let request = Request { grammar: grammar.or(request.grammar), ..request };
-    wanted.grammar = request.grammar.is_some();
-    Ok((request, wanted))
+    if let (Some(_), Some((second, _))) = (&grammar, &request.grammar) {
+        let message = format!("{second} is given beside parameters.grammar; allowed: one of them");
+        return Err(Error::invalid(*second, message));
+    }
+    Ok((Request { grammar: grammar.or(request.grammar), ..request }, wanted))
 }
 
 /// The parameters, and whether tokens are drawn: if that was said, or if something was said that matters
@@ -190,6 +192,9 @@ mod tests {
         ] {
             assert_eq!(with(parameters).unwrap_err().param.as_deref(), Some(param));
         }
+        let two = r#"{"inputs": "x", "regex": "a+",
+            "parameters": {"grammar": {"type": "regex", "value": "b+"}}}"#;
+        assert_eq!(ask(two).unwrap_err().param.as_deref(), Some("regex"));
         let streamed = r#"{"inputs": "x", "stream": true,
             "parameters": {"decoder_input_details": true}}"#;
         assert_eq!(ask(streamed).unwrap_err().param.as_deref(), Some("decoder_input_details"));
