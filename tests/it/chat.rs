@@ -1,6 +1,6 @@
 //! OpenAI's chat, tokens of texts, and texts that must look like something.
 
-use crate::harness::{BUNDLE, Server};
+use crate::harness::{BUNDLE, Server, Setup, repeater};
 use serde_json::{Value, json};
 
 const PATH: &str = "/v1/chat/completions";
@@ -132,6 +132,16 @@ async fn a_grammar_that_nothing_satisfies_is_refused_by_its_field() {
         assert_eq!((status, at.as_deref()), (400, Some(param)), "{grammar}");
     }
     assert_eq!(server.metric("shoal_requests_running").await, 0.0);
+}
+
+#[tokio::test]
+async fn an_answer_never_begins_with_the_conversation() {
+    let mut setup = Setup::default();
+    setup.tasks[0].defaults.echo = Some(true);
+    let server = Server::with(setup, repeater()).await;
+    let body = json!({"model": "image", "messages": user("a fox")});
+    let reply = server.client.post(PATH, &body).await.json();
+    assert_eq!(reply["choices"][0]["message"]["content"], "a fox");
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //!
 //! KServe has the parameters in `parameters`, Triton beside the text; either will do.
 
-use super::infer::{INPUT, generation, usage};
+use super::infer::{INPUT, generation, single, usage};
 use super::{Named, VERSION, refusal};
 use crate::api::http::App;
 use crate::api::http::answer::{Frames, Progress, Writer};
@@ -74,11 +74,7 @@ fn read(
         details: fields.take("details")?.unwrap_or(false),
     };
     let request = generation(app, model, vec![text], fields.rest(), call)?;
-    if request.params.n.is_some_and(|n| n > 1) {
-        let message = "n is for infer; a generation is one text";
-        return Err(Error::invalid("n", message));
-    }
-    Ok((request, writer))
+    Ok((single(request)?, writer))
 }
 
 /// Writes the answer to a generation.

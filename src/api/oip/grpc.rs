@@ -4,7 +4,7 @@
 //! Each message of a stream is a request of its own: it is counted, logged and traced as one, and its time
 //! limits, which the stream's metadata may give, count from its own arrival.
 
-use super::infer::{Form, INPUT, Infer, OUTPUTS, understand};
+use super::infer::{Form, INPUT, Infer, OUTPUTS, single, understand};
 use super::tensor::{Datatype, Head as TensorHead, Tensor};
 use super::{EXTENSIONS, Named, VERSION};
 use crate::api::App;
@@ -229,11 +229,7 @@ fn read(
     let model = Named::new(&message.model_name, &message.model_version)?;
     let raw = !message.raw_input_contents.is_empty();
     let (request, form) = understand(app, model, ask(message)?, call)?;
-    let texts = request.inputs.len() * request.params.n.unwrap_or(1) as usize;
-    if stream && texts > 1 {
-        let message = format!("{texts} texts are asked for; a request in a stream is for one");
-        return Err(Error::invalid(INPUT, message));
-    }
+    let request = if stream { single(request)? } else { request };
     Ok((request, Reply { form, raw }))
 }
 

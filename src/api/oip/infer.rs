@@ -101,6 +101,18 @@ pub fn generation(
     request(fields, call, Asked { model, inputs, prompt_field, params, usual_max_tokens: None })
 }
 
+/// The request, for an answer with room for one text: a task's own `n` does not hold there.
+pub fn single(request: Request) -> Result<Request> {
+    let n = request.params.n.unwrap_or(1);
+    let texts = request.inputs.len() * n as usize;
+    if texts > 1 {
+        let field = if n > 1 { "n" } else { INPUT };
+        let message = format!("{field}: {texts} texts are asked for; allowed here: one");
+        return Err(Error::invalid(field, message));
+    }
+    Ok(Request { params: Params { n: Some(n), ..request.params }, ..request })
+}
+
 /// The parameters with those that are controls of the task in `controls`, an object.
 fn with_controls(mut given: Map<String, Value>, task: &Task) -> Result<Map<String, Value>> {
     let wrong = || Error::invalid("controls", "controls must be a JSON object");

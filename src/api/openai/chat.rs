@@ -37,7 +37,9 @@ fn read(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
     let model = body.take("model")?.ok_or_else(|| missing("model"))?;
     let messages = messages(&mut body)?;
     let delivery = Delivery::read(&mut body)?;
-    let params = Params { logprobs: logprobs(&mut body)?, ..sampling(&mut body)? };
+    let logprobs = logprobs(&mut body)?;
+    // A task's `echo` is for texts; a conversation is not part of its answer.
+    let params = Params { logprobs, echo: Some(false), ..sampling(&mut body)? };
     let inputs = vec![Input::Chat(messages)];
     let prompt_field = "messages";
     let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens: None };
