@@ -162,10 +162,12 @@ async fn parameters_and_controls() {
     assert_eq!(echoed(json!({"words": 9})).await, want);
     assert_eq!(echoed(json!({"controls": {"words": 9}})).await, want);
     assert_eq!(echoed(json!({"controls": "{\"words\": 9}"})).await, want);
-    let words = json!({"name": "words", "datatype": "INT64", "shape": [1], "data": [9]});
-    let body = json!({"inputs": [text(&["x"]), words], "parameters": {"echo": true}});
-    let reply = server.client.post(path, &body).await.json();
-    assert_eq!(reply["outputs"][0]["data"][0], want);
+    for (datatype, number) in [("INT64", json!(9)), ("FP64", json!(9.0))] {
+        let words = json!({"name": "words", "datatype": datatype, "shape": [1], "data": [number]});
+        let body = json!({"inputs": [text(&["x"]), words], "parameters": {"echo": true}});
+        let reply = server.client.post(path, &body).await.json();
+        assert_eq!(reply["outputs"][0]["data"][0], want, "{datatype}");
+    }
     let parameters = json!({"max_tokens": 3, "temperature": 0, "top_k": 5, "seed": 3, "n": 2,
         "timeout": 60_000_000});
     let body = json!({"inputs": [text(&["~ab|", "~cd|"])], "parameters": parameters});
@@ -196,6 +198,14 @@ async fn refusals_name_what_is_wrong() {
         (json!({"inputs": [text(&["a"]), text(&["b"])]}), "text_input is given twice"),
         (with(json!({"beams": 2})), "unknown field beams"),
         (with(json!({"debug": {}})), "unknown field debug"),
+        (with(json!({"json_schema": "{"})), "json_schema must be JSON"),
+        (with(json!({"logit_bias": "{\"9999\": 1}"})), "logit_bias names token 9999"),
+        (with(json!({"choice": "a", "regex": "a"})), "regex is given beside choice"),
+        (
+            json!({"inputs": [text(&["a|"])], "outputs": [
+                {"name": "text_output"}, {"name": "finish_reason"}, {"name": "text_output"}]}),
+            "output text_output is given twice",
+        ),
         (with(json!({"temperature": 9})), "temperature is 9"),
         (with(json!({"controls": "x"})), "controls must be a JSON object"),
         (json!({"inputs": [text(&["a|"])], "outputs": [{"name": "logits"}]}), "text_output"),
@@ -235,6 +245,8 @@ async fn a_generation_without_tensors() {
     for body in [
         json!({"text_input": "a fox|", "parameters": {"max_tokens": 9, "temperature": 0}}),
         json!({"text_input": "a fox|", "max_tokens": 9, "temperature": 0, "stream": false}),
+        json!({"text_input": "a fox|", "max_tokens": 9, "parameters": {"max_tokens": null}}),
+        json!({"text_input": "a fox|", "max_tokens": null, "parameters": {"max_tokens": 9}}),
     ] {
         assert_eq!(server.client.post(path, &body).await.json(), want);
     }
@@ -248,13 +260,78 @@ async fn a_generation_without_tensors() {
         (json!({"parameters": {}}), "missing field text_input"),
         (json!({"text_input": ["a"]}), "text_input"),
         (json!({"text_input": "a", "max_tokens": 2, "parameters": {"max_tokens": 2}}), "twice"),
-        (json!({"text_input": "a", "n": 2}), "n is for infer"),
+        (json!({"text_input": "a", "n": 2}), "n: 2 texts are asked for"),
         (json!({"text_input": "a", "stream": true}), "stream must be"),
         (json!({"text_input": "a", "parameters": {"beams": 2}}), "unknown field beams"),
     ] {
         let (status, message) = error(&server.client.post(path, &body).await);
         assert_eq!(status, 400, "{body}");
         assert!(message.contains(reason), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_generation_is_one_text_whatever_its_task_says() {
+    let mut setup = Setup::default();
+    setup.tasks[0].defaults.n = Some(2);
+    let server = Server::with(setup, repeater()).await;
+    let body = json!({"text_input": "a fox", "details": true});
+    let reply = server.client.post("/v2/models/image/generate", &body).await.json();
+    assert_eq!(reply["text_output"], "a fox");
+    let mut stream = server.client.stream("/v2/models/image/generate_stream", &body).await;
+    let (mut text, mut last) = (String::new(), Value::Null);
+    while let Some(data) = stream.data().await {
+        last = serde_json::from_str(&data).unwrap();
+        text.push_str(last["text_output"].as_str().unwrap());
+    }
+    assert_eq!((text.as_str(), &last["details"]), ("a fox", &reply["details"]));
+}
+
+#[tokio::test]
+async fn what_parameters_cannot_hold_comes_as_text() {
+    let server = Server::usual().await;
+    let first = async |parameters: Value| {
+        let body = json!({"inputs": [text(&["a fox|"])], "parameters": parameters});
+        let reply = infer(&server, &body, &[]).await.json();
+        let text = reply["outputs"][0]["data"][0].as_str();
+        text.unwrap_or_else(|| panic!("{reply}")).to_owned()
+    };
+    let schema = json!({"type": "object", "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"], "additionalProperties": false});
+    let format = json!({"type": "json_schema", "json_schema": {"schema": schema}});
+    for parameters in [
+        json!({"json_schema": schema}),
+        json!({"json_schema": schema.to_string()}),
+        json!({"response_format": format.to_string()}),
+    ] {
+        let value: Value = serde_json::from_str(&first(parameters).await).unwrap();
+        assert!(value["yes"].is_boolean(), "{value}");
+    }
+    assert_eq!(first(json!({"choice": "yes"})).await, "yes");
+    assert_eq!(first(json!({"choice": r#"["no"]"#})).await, "no");
+    assert_eq!(first(json!({"regex": "(ab|cd){2}"})).await.len(), 4);
+    assert_eq!(first(json!({"logit_bias": r#"{"3": 1}"#})).await, "a fox");
+    for choices in [vec!["maybe"], vec!["yes", "no"]] {
+        let shape = [choices.len()];
+        let tensor =
+            json!({"name": "choice", "datatype": "BYTES", "shape": shape, "data": choices});
+        let body = json!({"inputs": [text(&["a|"]), tensor]});
+        let reply = infer(&server, &body, &[]).await.json();
+        let text = reply["outputs"][0]["data"][0].as_str().unwrap_or_else(|| panic!("{reply}"));
+        assert!(choices.contains(&text), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_is_still_writing_hears_of_the_version_and_is_counted() {
+    let server = Server::usual().await;
+    let body = json!({"text_input": "x".repeat(1_000_000)});
+    for (i, route) in ["infer", "generate", "generate_stream"].into_iter().enumerate() {
+        let path = format!("/v2/models/tiny/versions/2/{route}");
+        let (status, message) = error(&server.client.post(&path, &body).await);
+        assert_eq!((status, message.contains("only one is")), (404, true), "{message}");
+        let counted = r#"shoal_requests_total{outcome="not_found",task="other"}"#;
+        assert_eq!(server.metric(counted).await, (i + 1) as f64);
     }
 }
 

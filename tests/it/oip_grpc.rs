@@ -52,6 +52,11 @@ fn text(response: &ModelInferResponse) -> String {
     String::from_utf8(bytes[4..].to_vec()).unwrap()
 }
 
+/// An output to be named in a request.
+fn asked(name: &str) -> InferRequestedOutputTensor {
+    InferRequestedOutputTensor { name: name.into(), ..Default::default() }
+}
+
 /// All responses until the stream ends, which it must do well.
 async fn rest(mut stream: Streaming<ModelStreamInferResponse>) -> Vec<ModelStreamInferResponse> {
     let mut all = Vec::new();
@@ -136,8 +141,7 @@ async fn elements_come_back_as_they_went_in() {
     typed.inputs[0].shape = vec![1, 1];
     typed.inputs[0].contents =
         Some(InferTensorContents { bytes_contents: vec![b"a fox".to_vec()], ..Default::default() });
-    typed.outputs =
-        vec![InferRequestedOutputTensor { name: "text_output".into(), ..Default::default() }];
+    typed.outputs = vec![asked("text_output")];
     let reply = client.model_infer(typed).await.unwrap().into_inner();
     assert!(reply.raw_output_contents.is_empty());
     assert_eq!((reply.outputs.len(), &reply.outputs[0].shape), (1, &vec![1, 1]));
@@ -170,12 +174,44 @@ async fn refusals_name_what_is_wrong() {
             "both contents and raw",
         ),
         (raw("", &["a|"], &beams), Code::InvalidArgument, "unknown field beams"),
+        (
+            with(|m| m.outputs = vec![asked("text_output"), asked("text_output")]),
+            Code::InvalidArgument,
+            "text_output is given twice",
+        ),
         (raw("", &[&"a".repeat(2000)], &[]), Code::OutOfRange, "context"),
     ] {
         let status = client.model_infer(message).await.unwrap_err();
         assert_eq!(status.code(), code, "{status}");
         assert!(status.message().contains(reason), "{status}: {reason}");
     }
+}
+
+#[tokio::test]
+async fn what_parameters_cannot_hold_comes_as_text() {
+    let server = Server::usual().await;
+    let mut client = connect(&server).await;
+    let mut first = async |name: &str, value: &str| {
+        let value = ParameterChoice::StringParam(value.into());
+        let reply = client.model_infer(raw("", &["a fox|"], &[(name, value)])).await;
+        reply.map(|reply| text(&reply.into_inner()))
+    };
+    let schema = r#"{"type": "object", "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"], "additionalProperties": false}"#;
+    let format = format!(r#"{{"type": "json_schema", "json_schema": {{"schema": {schema}}}}}"#);
+    for (name, value) in [("json_schema", schema), ("response_format", &format)] {
+        let answer = first(name, value).await.unwrap();
+        assert!(answer.contains("\"yes\""), "{answer}");
+    }
+    assert_eq!(first("choice", r#"["no"]"#).await.unwrap(), "no");
+    assert_eq!(first("choice", "yes").await.unwrap(), "yes");
+    assert_eq!(first("regex", "(ab|cd){2}").await.unwrap().len(), 4);
+    for (name, value) in [("regex", "("), ("json_schema", "{"), ("adapters", "a")] {
+        let status = first(name, value).await.unwrap_err();
+        assert_eq!(status.metadata().get("shoal-param").unwrap(), name, "{status}");
+    }
+    let long = client.model_infer(raw("", &[&"a".repeat(2000)], &[])).await.unwrap_err();
+    assert_eq!(long.metadata().get("shoal-param").unwrap(), "text_input");
 }
 
 #[tokio::test]

@@ -56,8 +56,11 @@ impl Fields {
 
     /// Adds a field that was said in another way, unless it is there.
     pub fn put(&mut self, name: &str, value: Value) -> Result<()> {
+        if value.is_null() && self.left.contains_key(name) {
+            return Ok(());
+        }
         match self.left.insert(name.to_owned(), value) {
-            None => Ok(()),
+            None | Some(Value::Null) => Ok(()),
             Some(_) => Err(twice(&format!("{}{name}", self.prefix))),
         }
     }

@@ -88,7 +88,7 @@ pub fn generation(
     call: &Call,
 ) -> Result<Request> {
     let (task, _) = app.service.catalog().find(&model)?;
-    let mut fields = Fields::of(with_controls(parameters, &task)?, "");
+    let mut fields = Fields::of(unfolded(with_controls(parameters, &task)?)?, "");
     // Microseconds, as Triton has it.
     let timeout = fields.take::<u64>("timeout")?.filter(|time| *time > 0);
     if let Some(time) = timeout {
@@ -113,6 +113,26 @@ pub fn single(request: Request) -> Result<Request> {
     Ok(Request { params: Params { n: Some(n), ..request.params }, ..request })
 }
 
+/// The parameters, where texts stand for what the protocol's parameters cannot be: JSON, and lists. One
+/// text that is no JSON list is the only choice.
+fn unfolded(mut given: Map<String, Value>) -> Result<Map<String, Value>> {
+    for (name, value) in &mut given {
+        let Value::String(text) = value else { continue };
+        match name.as_str() {
+            "adapters" | "logit_bias" | "json_schema" | "response_format" => {
+                *value = serde_json::from_str(text)
+                    .map_err(|e| Error::invalid(name, format!("{name} must be JSON: {e}")))?;
+            }
+            "choice" => {
+                let list = serde_json::from_str::<Vec<String>>(text);
+                *value = list.unwrap_or_else(|_| vec![text.clone()]).into();
+            }
+            _ => {}
+        }
+    }
+    Ok(given)
+}
+
 /// The parameters with those that are controls of the task in `controls`, an object.
 fn with_controls(mut given: Map<String, Value>, task: &Task) -> Result<Map<String, Value>> {
     let wrong = || Error::invalid("controls", "controls must be a JSON object");
@@ -129,10 +149,21 @@ fn with_controls(mut given: Map<String, Value>, task: &Task) -> Result<Map<Strin
             return Err(twice(name));
         }
     }
+    controls.values_mut().for_each(make_integer);
     if !controls.is_empty() {
         given.insert("controls".into(), Value::Object(controls));
     }
     Ok(given)
+}
+
+/// Makes an integer of a double that is one: controls have no others, and some clients no integers.
+fn make_integer(value: &mut Value) {
+    match value.as_f64() {
+        Some(n) if value.is_f64() && n.fract() == 0.0 && n.abs() < 1e15 => {
+            *value = (n as i64).into();
+        }
+        _ => {}
+    }
 }
 
 /// The prompts, and whether they are a column.
