@@ -22,7 +22,7 @@ use std::sync::Arc;
 /// `POST .../generate`.
 pub async fn generate(
     State(app): State<Arc<App>>,
-    model: Named,
+    model: Result<Named>,
     head: Head,
     body: Body,
 ) -> Result<Response> {
@@ -32,7 +32,7 @@ pub async fn generate(
 /// `POST .../generate_stream`.
 pub async fn generate_stream(
     State(app): State<Arc<App>>,
-    model: Named,
+    model: Result<Named>,
     head: Head,
     body: Body,
 ) -> Result<Response> {
@@ -41,12 +41,12 @@ pub async fn generate_stream(
 
 async fn respond(
     app: &App,
-    model: Named,
+    model: Result<Named>,
     head: &Head,
     body: Body,
     stream: bool,
 ) -> Result<Response> {
-    let read = |bytes: &[u8], call: &Call| read(app, model, bytes, call, stream);
+    let read = |bytes: &[u8], call: &Call| read(app, model?, bytes, call, stream);
     let (request, writer) = app.read_bytes(head, body, read).await?;
     let ticket = app.service.submit(request).await?;
     app.answer(ticket, writer, stream).await

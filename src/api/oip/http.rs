@@ -25,11 +25,11 @@ const JSON_LENGTH: &str = "inference-header-content-length";
 /// The handler.
 pub async fn infer(
     State(app): State<Arc<App>>,
-    model: Named,
+    model: Result<Named>,
     head: Head,
     body: Body,
 ) -> Result<Response> {
-    let read = |bytes: &[u8], call: &Call| read(&app, model, &head.headers, bytes, call);
+    let read = |bytes: &[u8], call: &Call| read(&app, model?, &head.headers, bytes, call);
     let (request, writer) = app.read_bytes(&head, body, read).await?;
     let ticket = app.service.submit(request).await?;
     app.answer(ticket, writer, false).await
