@@ -21,9 +21,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
-/// The most messages that one body may hold.
-const MAX_MESSAGES: usize = 1024;
-
 /// The handler.
 pub async fn chat(State(app): State<Arc<App>>, head: Head, body: Body) -> Result<Response> {
     let (request, delivery) = app.read(&head, body, read).await?;
@@ -50,10 +47,6 @@ fn read(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
 pub fn messages(body: &mut Fields) -> Result<Vec<Message>> {
     let given: Vec<Map<String, Value>> =
         body.take("messages")?.ok_or_else(|| missing("messages"))?;
-    if given.is_empty() || given.len() > MAX_MESSAGES {
-        let message = format!("messages has {} entries; allowed: 1 to {MAX_MESSAGES}", given.len());
-        return Err(Error::invalid("messages", message));
-    }
     given.into_iter().map(message).collect()
 }
 
@@ -288,7 +281,6 @@ mod tests {
         let hello = r#"{"role": "user", "content": "hello"}"#;
         for (fields, param) in [
             (String::new(), "messages"),
-            (r#""messages": []"#.into(), "messages"),
             (r#""messages": [3]"#.into(), "messages"),
             (r#""messages": [{"role": "user"}]"#.into(), "messages.content"),
             (r#""messages": [{"role": "user", "content": null}]"#.into(), "messages.content"),

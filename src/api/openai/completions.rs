@@ -23,9 +23,6 @@ use std::sync::Arc;
 /// `max_tokens` where nobody says; OpenAI's.
 const USUAL_MAX_TOKENS: u32 = 16;
 
-/// The most prompts that one body may hold.
-const MAX_PROMPTS: usize = 256;
-
 /// The handler.
 pub async fn completions(State(app): State<Arc<App>>, head: Head, body: Body) -> Result<Response> {
     let (request, delivery) = app.read(&head, body, completion).await?;
@@ -62,11 +59,10 @@ fn prompts(value: Value) -> Result<Vec<Input>> {
     if list.first().is_some_and(Value::is_number) {
         return Ok(vec![Input::Tokens(token_ids(Value::Array(list)).ok_or_else(bad)?)]);
     }
-    if list.is_empty() || list.len() > MAX_PROMPTS {
-        let message = format!("prompt has {} entries; allowed: 1 to {MAX_PROMPTS}", list.len());
-        return Err(Error::invalid("prompt", message));
-    }
-    let texts = list[0].is_string();
+    let texts = match list.first() {
+        Some(first) => first.is_string(),
+        None => return Err(Error::invalid("prompt", "prompt is empty; allowed: 1 or more")),
+    };
     list.into_iter()
         .map(|entry| match entry {
             Value::String(text) if texts => Ok(Input::Text(text)),
