@@ -92,8 +92,11 @@ def check_chat(client, task):
     assert older.choices[0].text == choice.message.content and older.usage == reply.usage
 
     parts = [{"role": "user", "content": [{"type": "text", "text": "a fox in snow"}]}]
-    again = client.chat.completions.create(**{**request, "messages": parts})
+    again = client.chat.completions.create(
+        **{**request, "messages": parts}, extra_headers={"x-request-id": "from-a-chat"}
+    )
     assert again.choices[0].message.content == choice.message.content
+    assert again._request_id == "from-a-chat" and again.id == "chatcmpl-from-a-chat"
 
 
 def check_chat_stream(client, task):
@@ -118,8 +121,9 @@ def check_chat_stream(client, task):
 
     with client.chat.completions.stream(**request) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
-        final = stream.get_final_completion()
-    assert "".join(deltas) == content == final.choices[0].message.content
+        # The client takes only what ended by itself for final; this may end at its length.
+        seen = stream.current_completion_snapshot
+    assert "".join(deltas) == content == seen.choices[0].message.content
 
 
 def check_chat_options(client, task):
@@ -149,6 +153,22 @@ def check_chat_options(client, task):
     steered = dict(extra_body={"controls": {"words": 5}})
     older = client.completions.create(model=task, prompt="a fox in snow", **GREEDY, **steered)
     assert texts(create(**steered)) == [older.choices[0].text]
+
+
+def check_turns(client, task):
+    """A reply goes back as it came. A task takes one message, and that is all that is wrong with it."""
+
+    def ask(*turns):
+        messages = [*user("a fox"), *turns, *user("another")]
+        return client.chat.completions.create(model=task, messages=messages, **GREEDY)
+
+    [choice] = client.chat.completions.create(
+        model=task, messages=user("a fox"), logprobs=True, **GREEDY
+    ).choices
+    message = choice.message
+    for turn in (message, message.model_dump(), message.to_dict()):
+        error = refused(openai.BadRequestError, lambda: ask(turn), "one user message")
+        assert error.param == "messages", error
 
 
 class Scene(BaseModel):
@@ -268,6 +288,7 @@ def main():
         check_chat(client, task)
     check_chat_stream(client, task)
     check_chat_options(client, task)
+    check_turns(client, task)
     check_structured(client, task)
     check_errors(client, bundle, task)
     check_leaving(client, task)
