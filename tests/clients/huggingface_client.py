@@ -78,8 +78,12 @@ def check_text_errors(client):
     refused(ValidationError, lambda: list(ask(temperature=-1.0, stream=True)), "temperature")
     refused(HfHubHTTPError, lambda: ask(adapter_id="nobody"), "nobody")
     stranger = InferenceClient(base_url=URL, api_key="not-a-key")
-    refused(HfHubHTTPError, lambda: stranger.text_generation(PROMPT), "key")
-    refused(HfHubHTTPError, lambda: stranger.chat_completion(MESSAGES, model="any"), "key")
+    for call in (
+        lambda: stranger.text_generation(PROMPT),
+        lambda: list(stranger.text_generation(PROMPT, stream=True)),
+        lambda: stranger.chat_completion(MESSAGES, model="any"),
+    ):
+        assert refused(HfHubHTTPError, call, "key").response.status_code == 401
 
 
 def check_chat(client, task):
@@ -97,6 +101,9 @@ def check_chat(client, task):
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert deltas[0].role == "assistant"
     assert "".join(delta.content or "" for delta in deltas) == choice.message.content
+
+    chosen = client.chat_completion(**request, extra_body={"choice": ["a cat", "a dog"]})
+    assert chosen.choices[0].message.content in ("a cat", "a dog")
 
     likely = client.chat_completion(**request, logprobs=True, top_logprobs=2).choices[0].logprobs
     assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in likely.content)
@@ -130,6 +137,10 @@ def check_chat_errors(client, task):
     refused(BadRequestError, lambda: chat(temperature=9), "temperature")
     refused(BadRequestError, lambda: chat(extra_body={"top_kk": 1}), "top_kk")
     refused(HfHubHTTPError, lambda: chat(model="nobody"), "nobody")
+    # A reply goes back as it came. A task takes one message, and that is all that is wrong with it.
+    said = chat(max_tokens=4).choices[0].message
+    turns = [*MESSAGES, said, *MESSAGES]
+    refused(BadRequestError, lambda: chat(messages=turns), "one user message")
 
 
 def check_leaving():

@@ -55,7 +55,29 @@ async function checkChat(model) {
   assert.equal(await runner.finalContent(), content);
 }
 
+/** A reply goes back as it came. A task takes one message, and that is all that is wrong with it. */
+async function checkTurns(model) {
+  const reply = await client.chat.completions.create({ model, messages, ...greedy });
+  const turns = [...messages, reply.choices[0].message, ...messages];
+  const call = () => client.chat.completions.create({ model, messages: turns, ...greedy });
+  await refused(OpenAI.BadRequestError, "messages", call, "one user message");
+}
+
+async function checkLogprobs(model) {
+  const options = { logprobs: true, top_logprobs: 2 };
+  const reply = await client.chat.completions.create({ model, messages, ...greedy, ...options });
+  const { message, logprobs } = reply.choices[0];
+  const bytes = logprobs.content.flatMap((token) => token.bytes);
+  assert.equal(Buffer.from(bytes).toString(), message.content);
+  for (const { token, logprob, top_logprobs } of logprobs.content) {
+    assert.ok(logprob <= 0 && top_logprobs.length === 2 && top_logprobs[0].token === token);
+  }
+}
+
 async function checkStructured(model) {
+  const choice = ["a cat", "a dog"];
+  const chosen = await client.chat.completions.create({ model, messages, choice });
+  assert.ok(choice.includes(chosen.choices[0].message.content));
   const schema = {
     type: "object",
     properties: { mood: { enum: ["calm", "tense"] }, snow: { type: "boolean" } },
@@ -100,11 +122,12 @@ async function cancelled() {
   return [...series].reduce((sum, [, value]) => sum + Number(value), 0);
 }
 
-async function refused(kind, param, call) {
+async function refused(kind, param, call, words = "") {
   await assert.rejects(call, (error) => {
     assert.equal(error.constructor, kind);
     assert.equal(error.param ?? null, param);
-    return error.message.length > 0;
+    assert.ok(error.requestID.length > 0);
+    return error.message.length > 0 && error.message.includes(words);
   });
 }
 
@@ -116,6 +139,8 @@ function addsUp({ prompt_tokens, completion_tokens, total_tokens }) {
 const [bundle, tasks] = await checkModels();
 for (const model of [bundle, ...tasks]) await checkCompletion(model);
 for (const task of tasks) await checkChat(task);
+await checkTurns(tasks[0]);
+await checkLogprobs(tasks[0]);
 await checkStructured(tasks[0]);
 await checkErrors(bundle, tasks[0]);
 await checkLeaving(tasks[0]);

@@ -209,7 +209,7 @@ def check_errors(client, bundle, task):
 
     def bad(param, call):
         error = refused(openai.BadRequestError, call)
-        assert error.param == param and error.body["message"], error
+        assert error.param == param and error.body["message"] and error.request_id, error
 
     def absent(call):
         error = refused(openai.NotFoundError, call)

@@ -2,7 +2,8 @@
 # Runs the client libraries that people have against the built server, on free ports, with keys.
 #
 #   tests/clients/run.sh [CLIENT...]    those clients; without a name all of them:
-#       openai openai-node huggingface text-generation triton-http triton-grpc grpc schemathesis guidellm
+#       openai openai-node readme huggingface text-generation triton-http triton-grpc grpc guidellm
+#       schemathesis
 #
 # One line a client: passed, SKIPPED and why, or FAILED with what it said; it fails if one of them
 # failed. Skipped is what cannot be installed: no python3, no node, no network and nothing kept.
@@ -122,6 +123,7 @@ limit=180
 start
 python openai openai openai_client.py
 client openai-node npm packages node node "$cache/node/openai_client.mjs" "$url" "$grpc" "$key"
+python readme openai readme_client.py
 python huggingface huggingface huggingface_client.py
 python text-generation text-generation text_generation_client.py
 python triton-http triton triton_http_client.py
