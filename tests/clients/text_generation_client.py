@@ -5,8 +5,8 @@ import importlib.metadata
 import re
 
 from text_generation import AsyncClient, Client
-from text_generation.errors import UnknownError, ValidationError
-from text_generation.types import FinishReason, Grammar, GrammarType
+from text_generation.errors import NotFoundError, UnknownError, ValidationError
+from text_generation.types import FinishReason, Grammar, GrammarType, Message
 
 from shared import BEARER, URL, left_early, refused
 
@@ -64,6 +64,8 @@ def check_errors(client):
     refused(ValidationError, lambda: ask(watermark=True), "watermark")
     stream = lambda: next(client.generate_stream(PROMPT, max_new_tokens=10**6))
     refused(ValidationError, stream, "max_new_tokens")
+    # Its chats name the model `tgi`, whatever is served; nothing else is wrong with them.
+    refused(NotFoundError, lambda: client.chat([Message(role="user", content=PROMPT)]), "tgi")
     stranger = Client(URL, headers={"Authorization": "Bearer not-a-key"})
     refused(UnknownError, lambda: stranger.generate(PROMPT), "key")
 

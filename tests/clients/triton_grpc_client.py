@@ -1,10 +1,12 @@
 """NVIDIA's tritonclient over gRPC: KServe's Open Inference Protocol, with its streams."""
 
 import importlib.metadata
+import json
 import queue
+import re
 
 import numpy as np
-from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from shared import BEARER, GRPC, fetch, left_early, model, tasks
@@ -110,6 +112,20 @@ def check_stream(client, task):
         client.stop_stream(cancel_requests=True)
 
 
+def check_structured(client, task):
+    """What every text must look like is said in texts: the protocol's parameters are nothing else."""
+
+    def infer(**parameters):
+        parameters = {"temperature": 0.0, "max_tokens": 60, **parameters}
+        tensor = text_input([TEXTS[0]])
+        result = client.infer(task, [tensor], headers=HEADERS, parameters=parameters)
+        return texts_of(result)[0]
+
+    assert infer(choice='["a cat", "a dog"]') in ("a cat", "a dog")
+    assert re.fullmatch("[a-z]{3}-[0-9]{2}", infer(regex="[a-z]{3}-[0-9]{2}"))
+    assert isinstance(json.loads(infer(json_schema='{"type": "boolean"}')), bool)
+
+
 def check_errors(client, task):
     def infer(name=task, tensor=None, headers=HEADERS, **fields):
         return client.infer(name, [tensor or text_input(["x"])], headers=headers, **fields)
@@ -121,6 +137,8 @@ def check_errors(client, task):
     wrong = InferInput("text_input", [1], "INT32")
     wrong.set_data_from_numpy(np.array([1], dtype=np.int32))
     refused("INVALID_ARGUMENT", "BYTES", lambda: infer(tensor=wrong))
+    twice = [InferRequestedOutput("text_output")] * 2
+    refused("INVALID_ARGUMENT", "text_output", lambda: infer(outputs=twice))
     refused("UNAUTHENTICATED", "key", lambda: infer(headers=None))
     long = {"max_tokens": 200, "ignore_eos": True}
     refused("DEADLINE_EXCEEDED", "", lambda: infer(parameters=long, client_timeout=0.001))
@@ -140,6 +158,7 @@ def main():
     with InferenceServerClient(GRPC) as client:
         check_server(client, [bundle, *names])
         check_infer(client, names[0])
+        check_structured(client, names[0])
         check_stream(client, names[0])
         check_errors(client, names[0])
     print(f"tritonclient {importlib.metadata.version('tritonclient')} over gRPC")

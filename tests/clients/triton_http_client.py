@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import urllib.request
 
 import numpy as np
@@ -97,6 +98,20 @@ def check_parameters(client, task):
     assert len(infer(max_tokens=1, temperature=0)) < len(text)
 
 
+def check_structured(client, task):
+    """What every text must look like is said in texts: the protocol's parameters are nothing else."""
+
+    def infer(**parameters):
+        parameters = {"temperature": 0.0, "max_tokens": 60, **parameters}
+        tensor = text_input([TEXTS[0]])
+        result = client.infer(task, [tensor], headers=headers(), parameters=parameters)
+        return texts_of(result)[0]
+
+    assert infer(choice='["a cat", "a dog"]') in ("a cat", "a dog")
+    assert re.fullmatch("[a-z]{3}-[0-9]{2}", infer(regex="[a-z]{3}-[0-9]{2}"))
+    assert isinstance(json.loads(infer(json_schema='{"type": "boolean"}')), bool)
+
+
 def check_errors(client, task):
     def infer(name=task, tensor=None, headers=headers(), **fields):
         return client.infer(name, [tensor or text_input(["x"])], headers=dict(headers), **fields)
@@ -113,6 +128,8 @@ def check_errors(client, task):
     refused("400", "text_input", lambda: infer(tensor=misnamed))
     other = [InferRequestedOutput("logits")]
     refused("400", "text_output", lambda: infer(outputs=other))
+    twice = [InferRequestedOutput("text_output")] * 2
+    refused("400", "text_output", lambda: infer(outputs=twice))
     refused("401", "key", lambda: infer(headers={"authorization": "Bearer not-a-key"}))
 
 
@@ -156,6 +173,7 @@ def main():
         check_server(client, [bundle, *names])
         check_infer(client, names[0])
         check_parameters(client, names[0])
+        check_structured(client, names[0])
         check_errors(client, names[0])
     check_generate(names[0])
     print(f"tritonclient {importlib.metadata.version('tritonclient')} over HTTP")
