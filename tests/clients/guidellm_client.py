@@ -26,7 +26,9 @@ def load(constraint, route, task):
     command += ["--data", "kind=synthetic_text,prompt_tokens=24,output_tokens=16"]
     command += ["--profile", "kind=concurrent,streams=4", "--constraint", constraint]
     offline = dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", USE_TORCH="0")
-    environment = {**os.environ, **offline, "PYTHONPATH": str(HERE / "stand_in")}
+    # One process asks; each would load all of its packages first.
+    one = {"GUIDELLM__MAX_WORKER_PROCESSES": "1", "PYTHONPATH": str(HERE / "stand_in")}
+    environment = {**os.environ, **offline, **one}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command += ["--output", f"kind=json,path={report}"]
