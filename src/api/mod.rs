@@ -10,6 +10,7 @@
 
 mod admin;
 pub mod catalog;
+mod docs;
 mod encode;
 pub mod grpc;
 pub mod http;

@@ -281,4 +281,4 @@ fn merged(given: &Params, task: &Task) -> Params {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

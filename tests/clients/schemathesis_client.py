@@ -18,7 +18,9 @@ def main():
     document = fetch("/openapi.json")
     operations = sum(len(item) for item in document["paths"].values())
     assert document["openapi"].startswith("3.") and operations > 10
-    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{URL}/openapi.json"]
+    command = [str(Path(sys.executable).with_name("schemathesis"))]
+    command += ["--config-file", str(Path(__file__).with_name("schemathesis.toml").resolve())]
+    command += ["run", f"{URL}/openapi.json"]
     command += ["--header", f"Authorization: {BEARER}", "--checks", "all", "--workers", "1"]
     command += ["--max-time", os.environ["SCHEMATHESIS_SECONDS"], "--no-color"]
     # Its reports and its database of examples are not kept.

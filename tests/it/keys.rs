@@ -1,11 +1,9 @@
 //! Who may ask: every route, with every kind of key, and web pages of other origins.
 
-use crate::harness::{AUTHORISED, BUNDLE, COMPLETIONS, Reply, Server, Setup, repeater};
+use crate::harness::{AUTHORISED, BUNDLE, COMPLETIONS, Reply, Server, Setup, repeater, routes};
 use hyper::Method;
 use serde_json::json;
 use shoal::api::Keys;
-use std::fs;
-use std::path::Path;
 
 const HOLDER: (&str, &str) = ("authorization", "Bearer sk-0123456789abcdef");
 const ADMINISTRATOR: (&str, &str) = AUTHORISED;
@@ -32,33 +30,9 @@ async fn server(keys: Keys, origins: &[&str]) -> Server {
     Server::with(Setup { keys, origins, ..Setup::default() }, repeater()).await
 }
 
-/// The path of every route over HTTP that a file below `folder` registers.
-fn routes(folder: &Path, found: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.ends_with("grpc") {
-            // Its paths are those of the descriptors.
-            continue;
-        }
-        if path.is_dir() {
-            routes(&path, found);
-            continue;
-        }
-        let source = fs::read_to_string(&path).unwrap();
-        for call in source.split(".route(").skip(1) {
-            let literal = call.trim_start().strip_prefix('"').and_then(|rest| rest.split_once('"'));
-            let (path, _) =
-                literal.expect("a route's path is a literal, so that this test sees it");
-            found.push(path.replace("{task}", "image").replace(['{', '}'], ""));
-        }
-    }
-}
-
 fn all_routes() -> Vec<String> {
-    let mut found = Vec::new();
-    routes(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api"), &mut found);
-    assert!(found.iter().any(|route| route == COMPLETIONS), "{found:?}");
-    found
+    let asked = |route: String| route.replace("{task}", "image").replace(['{', '}'], "");
+    routes::all().into_iter().map(asked).collect()
 }
 
 fn refusal(reply: &Reply) -> (u16, String, Option<String>) {

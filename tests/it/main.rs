@@ -13,6 +13,8 @@ mod chat;
 mod cli;
 /// The OpenAI wire, byte by byte.
 mod completions;
+/// The document of all routes, and the page over it.
+mod docs;
 /// What depends on the task that raw text is for: mixtures of task adapters, gates of experts.
 mod experts;
 /// The real decoder behind the sockets, against PyTorch.

@@ -14,6 +14,7 @@ use serde::Serialize;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use utoipa::ToSchema;
 
 /// The payloads of events that are to be sent, in order.
 pub type Frames = VecDeque<Vec<u8>>;
@@ -120,7 +121,8 @@ pub fn server_timing(timing: &Timing) -> HeaderValue {
 }
 
 /// `usage`, as OpenAI has it.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[schema(as = Usage)]
 pub struct Tokens {
     /// Tokens of the prompts.
     pub prompt_tokens: u32,

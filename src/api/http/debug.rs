@@ -3,13 +3,14 @@
 use crate::api::ticket::{End, Ticket};
 use crate::request::ExpertUse;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// The adapters of an answer; `None` where nobody asked.
 #[derive(Clone, Debug, Default)]
 pub struct Reported(Option<Vec<AdapterPart>>);
 
 /// `debug` of one text.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct Debug<'a> {
     /// What was added to the base weights.
     pub adapters: &'a [AdapterPart],
@@ -18,7 +19,7 @@ pub struct Debug<'a> {
 }
 
 /// One adapter, as it was used.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct AdapterPart {
     /// Its id.
     pub name: String,
@@ -29,7 +30,8 @@ pub struct AdapterPart {
 }
 
 /// How many rows each expert of a layer computed.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ExpertLayer)]
 pub struct Layer<'a> {
     /// The transformer block.
     pub layer: usize,

@@ -46,6 +46,8 @@ impl Fields {
 
     /// Takes the field `name` as it stands.
     pub fn take_value(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        asked::note(name, true);
         self.left.shift_remove(name).filter(|value| !value.is_null())
     }
 
@@ -67,6 +69,8 @@ impl Fields {
 
     /// Refuses the field `name`, which other wires have.
     pub fn refuse(&self, name: &str) -> Result<()> {
+        #[cfg(test)]
+        asked::note(name, false);
         match self.left.contains_key(name) {
             true => Err(self.unknown(name)),
             false => Ok(()),
@@ -98,6 +102,28 @@ pub fn missing(name: &str) -> Error {
 /// The complaint about what was said in two ways.
 pub fn twice(name: &str) -> Error {
     Error::invalid(name, format!("{name} is given twice"))
+}
+
+/// Which names were asked for on this thread, for tests that compare them with the document.
+#[cfg(test)]
+pub mod asked {
+    use std::cell::RefCell;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    thread_local! {
+        static NAMES: RefCell<BTreeMap<String, bool>> = RefCell::default();
+    }
+
+    /// A name that was asked for, to be taken or to be refused.
+    pub fn note(name: &str, taken: bool) {
+        NAMES.with_borrow_mut(|names| *names.entry(name.to_owned()).or_insert(true) &= taken);
+    }
+
+    /// The names that were taken since this was called last.
+    pub fn names() -> BTreeSet<String> {
+        let names = NAMES.take();
+        names.into_iter().filter(|(_, taken)| *taken).map(|(name, _)| name).collect()
+    }
 }
 
 #[cfg(test)]

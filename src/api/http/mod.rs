@@ -6,6 +6,7 @@ pub mod answer;
 pub mod call;
 mod cors;
 pub mod debug;
+mod docs;
 pub mod fields;
 pub mod grammar;
 pub mod health;
@@ -13,9 +14,10 @@ mod info;
 pub mod observe;
 pub mod params;
 pub mod respond;
+pub mod schema;
 
 use super::keys::{self, Keys};
-use super::{Service, admin, native, oip, openai, tgi};
+use super::{Service, admin, docs as document, native, oip, openai, tgi};
 use crate::error::{Error, Kind, Result};
 use crate::telemetry::traces::Traces;
 use axum::body::Body;
@@ -26,6 +28,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Router, middleware};
 use call::{Call, Head, check_encoding, discard, json_fields, read_body};
+pub use docs::describe;
 use fields::Fields;
 use respond::{Wording, reword};
 use std::any::Any;
@@ -160,6 +163,7 @@ impl App {
             // Where KServe's clients look for it.
             .nest("/openai", openai::routes())
             .merge(admin::routes())
+            .merge(document::routes())
             .route("/info", get(info::info))
             .route("/livez", get(health::live))
             .route("/readyz", get(health::ready))

@@ -7,11 +7,10 @@ use super::fields::Fields;
 use super::grammar::grammar;
 use crate::error::{Error, Result};
 use crate::request::{Input, Params, Request};
-use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// What OpenAI's clients send and what changes nothing here.
-const WITHOUT_EFFECT: [&str; 5] =
+pub const WITHOUT_EFFECT: [&str; 5] =
     ["user", "metadata", "store", "service_tier", "parallel_tool_calls"];
 
 /// What a wire has read of a body before [`request`] reads the rest.
@@ -81,14 +80,15 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
 
 /// `adapters`: an array of `{"name", "weight"}`.
 fn mixture(body: &mut Fields) -> Result<Option<Vec<(String, f32)>>> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Part {
-        name: String,
-        weight: f32,
-    }
-    let parts = body.take::<Vec<Part>>("adapters")?;
-    Ok(parts.map(|parts| parts.into_iter().map(|part| (part.name, part.weight)).collect()))
+    let part = |given| {
+        let mut given = Fields::of(given, "adapters.");
+        let name = given.take("name")?.ok_or_else(|| given.missing("name"))?;
+        let weight = given.take("weight")?.ok_or_else(|| given.missing("weight"))?;
+        given.finish()?;
+        Ok((name, weight))
+    };
+    let parts: Option<Vec<Map<String, Value>>> = body.take("adapters")?;
+    parts.map(|parts| parts.into_iter().map(part).collect()).transpose()
 }
 
 /// The parameters of completions and of the native route.

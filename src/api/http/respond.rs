@@ -38,14 +38,19 @@ pub fn tell(error: &Error) -> Told<'_> {
     }
 }
 
-/// OpenAI's `{"error": {...}}`.
-pub fn error_body(error: &Error) -> Vec<u8> {
+/// OpenAI's wording: the table's status, and `{"error": {...}}`.
+pub fn usual(error: &Error) -> (StatusCode, Value) {
     let Told { message, param, code, .. } = tell(error);
     let kind = error.kind.row().openai_type;
     let body = value!({
         "error": {"message": message, "type": kind, "param": param, "code": code},
     });
-    body.to_string().into_bytes()
+    (status(error), body)
+}
+
+/// OpenAI's body of an error.
+pub fn error_body(error: &Error) -> Vec<u8> {
+    usual(error).1.to_string().into_bytes()
 }
 
 /// Logs the cause of an internal error, which is not sent.

@@ -18,6 +18,7 @@ use axum::extract::State;
 use axum::response::Response;
 use serde::Serialize;
 use std::sync::Arc;
+use utoipa::ToSchema;
 
 /// The handler.
 pub async fn generate(
@@ -58,8 +59,8 @@ pub struct NativeWriter {
     tokenizer: Arc<Tokenizer>,
 }
 
-#[derive(Serialize)]
-struct Answer<'a> {
+#[derive(Serialize, ToSchema)]
+pub struct Answer<'a> {
     id: &'a str,
     task: &'a str,
     model: &'a str,
@@ -69,7 +70,8 @@ struct Answer<'a> {
 }
 
 /// One text, or more of it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TaskChoice)]
 pub struct Piece<'a> {
     /// Which one.
     pub index: usize,

@@ -1,10 +1,12 @@
 //! Shoal's own wire: tasks, their controls, texts by task, and how likely a task finds texts.
 
+mod docs;
 mod generate;
 mod score;
 mod tasks;
 
-pub use generate::{NativeWriter, Piece};
+pub use docs::describe;
+pub use generate::{NativeWriter, Piece, renamed};
 pub use tasks::task_entry;
 
 use super::http::App;

@@ -18,6 +18,7 @@ use axum::response::Response;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use std::sync::Arc;
+use utoipa::ToSchema;
 
 /// `POST .../generate`.
 pub async fn generate(
@@ -84,8 +85,8 @@ struct GenerateWriter {
     details: bool,
 }
 
-#[derive(Serialize)]
-struct Answer<'a> {
+#[derive(Serialize, ToSchema)]
+pub struct Answer<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a str>,
     model_name: &'a str,
@@ -100,11 +101,12 @@ struct Answer<'a> {
     details: Option<Details>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = OipDetails)]
 struct Details {
     finish_reason: &'static str,
-    #[serde(flatten)]
-    usage: Value,
+    prompt_tokens: u32,
+    completion_tokens: u32,
 }
 
 impl GenerateWriter {
@@ -117,7 +119,8 @@ impl GenerateWriter {
             done,
             details: end.filter(|_| self.details).map(|(end, tokens)| Details {
                 finish_reason: end.finish.as_str(),
-                usage: usage(tokens),
+                prompt_tokens: tokens.prompt_tokens,
+                completion_tokens: tokens.completion_tokens,
             }),
         })
     }

@@ -13,7 +13,7 @@ use crate::api::http::fields::{Fields, missing, twice};
 use crate::api::http::params::{Asked, request, sampling};
 use crate::api::ticket::{Chunk, Reply};
 use crate::error::{Error, Result};
-use crate::request::{Input, Params, Request, Usage};
+use crate::request::{Input, Params, Request};
 use crate::task::Task;
 use serde_json::{Map, Value, json as value};
 
@@ -218,15 +218,13 @@ impl Form {
         }
         json.insert("model_name".into(), value!(self.model));
         json.insert("model_version".into(), value!(VERSION));
-        json.insert("parameters".into(), usage(reply.usage));
+        json.insert(
+            "parameters".into(),
+            value!({
+                "prompt_tokens": reply.usage.prompt_tokens,
+                "completion_tokens": reply.usage.completion_tokens,
+            }),
+        );
         json
     }
-}
-
-/// How many tokens an answer and its prompts have.
-pub fn usage(usage: Usage) -> Value {
-    value!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-    })
 }

@@ -5,12 +5,14 @@
 //! What an inference asks for is read by [`infer`], whichever way it came; [`tensor`] knows how tensors
 //! stand in bytes and in JSON. Invariants: health is the truth of the probes; there is one version, 1.
 
+mod docs;
 mod generate;
 mod grpc;
 mod http;
 mod infer;
 mod tensor;
 
+pub use docs::describe;
 pub use grpc::Wire;
 
 use super::http::respond::{reply, start_of, status};

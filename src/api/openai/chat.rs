@@ -20,6 +20,10 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::sync::Arc;
+use utoipa::ToSchema;
+
+/// What clients send back of a message that they were answered with; all of it says nothing.
+pub const ECHOED: [&str; 5] = ["refusal", "annotations", "audio", "tool_calls", "function_call"];
 
 /// The handler.
 pub async fn chat(State(app): State<Arc<App>>, head: Head, body: Body) -> Result<Response> {
@@ -55,21 +59,15 @@ fn message(given: Map<String, Value>) -> Result<Message> {
     #[serde(untagged, expecting = "content must be a string or an array of {type: text, text}")]
     enum Content {
         Text(String),
-        Parts(Vec<Part>),
-    }
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields, tag = "type", rename_all = "lowercase")]
-    enum Part {
-        Text { text: String },
+        Parts(Vec<Map<String, Value>>),
     }
     let mut given = Fields::of(given, "messages.");
     let role = given.take("role")?.ok_or_else(|| given.missing("role"))?;
     let content = match given.take("content")?.ok_or_else(|| given.missing("content"))? {
         Content::Text(text) => text,
-        Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect(),
+        Content::Parts(parts) => parts.into_iter().map(part).collect::<Result<_>>()?,
     };
-    // What clients send back of a message that they were answered with; all of it says nothing.
-    for name in ["refusal", "annotations", "audio", "tool_calls", "function_call"] {
+    for name in ECHOED {
         match given.take_value(name) {
             Some(Value::Array(empty)) if empty.is_empty() => {}
             Some(value) => given.put(name, value)?,
@@ -78,6 +76,19 @@ fn message(given: Map<String, Value>) -> Result<Message> {
     }
     given.finish()?;
     Ok(Message { role, content })
+}
+
+/// A part of a content: only texts are.
+fn part(given: Map<String, Value>) -> Result<String> {
+    let mut given = Fields::of(given, "messages.content.");
+    let kind: String = given.take("type")?.ok_or_else(|| given.missing("type"))?;
+    if kind != "text" {
+        let message = "messages.content.type must be text: nothing else is understood here";
+        return Err(Error::invalid("messages.content.type", message));
+    }
+    let text = given.take("text")?.ok_or_else(|| given.missing("text"))?;
+    given.finish()?;
+    Ok(text)
 }
 
 /// `logprobs` is a switch here, and `top_logprobs` how many alternatives.
@@ -106,8 +117,8 @@ struct ChatWriter {
     begun: Vec<bool>,
 }
 
-#[derive(Serialize)]
-struct Completion<'a, C> {
+#[derive(Serialize, ToSchema)]
+pub struct Completion<'a, C> {
     id: &'a str,
     object: &'static str,
     created: u64,
@@ -116,12 +127,14 @@ struct Completion<'a, C> {
     choices: &'a [C],
     /// Absent, `null`, or a value.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Tokens>)]
     usage: Option<Option<Tokens>>,
 }
 
 /// A choice of a whole answer.
-#[derive(Serialize)]
-struct Whole<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = ChatChoice)]
+pub struct Whole<'a> {
     index: usize,
     message: Assistant<'a>,
     logprobs: Option<ChatLogprobs>,
@@ -130,7 +143,8 @@ struct Whole<'a> {
     debug: Option<Debug<'a>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ChatMessage)]
 struct Assistant<'a> {
     role: &'static str,
     content: &'a str,
@@ -139,8 +153,9 @@ struct Assistant<'a> {
 }
 
 /// A choice in a frame.
-#[derive(Serialize)]
-struct Piece<'a> {
+#[derive(Serialize, ToSchema)]
+#[schema(as = ChatChunkChoice)]
+pub struct Piece<'a> {
     index: usize,
     delta: Delta<'a>,
     logprobs: Option<ChatLogprobs>,
@@ -149,7 +164,8 @@ struct Piece<'a> {
     debug: Option<Debug<'a>>,
 }
 
-#[derive(Default, Serialize)]
+#[derive(Default, Serialize, ToSchema)]
+#[schema(as = ChatDelta)]
 struct Delta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
@@ -282,6 +298,11 @@ mod tests {
         for (fields, param) in [
             (String::new(), "messages"),
             (r#""messages": [3]"#.into(), "messages"),
+            (r#""messages": [["user", "content"]]"#.into(), "messages"),
+            (
+                r#""messages": [{"role": "user", "content": [["text", "a"]]}]"#.into(),
+                "messages.content",
+            ),
             (r#""messages": [{"role": "user"}]"#.into(), "messages.content"),
             (r#""messages": [{"role": "user", "content": null}]"#.into(), "messages.content"),
             (r#""messages": [{"role": "user", "content": 3}]"#.into(), "messages.content"),
@@ -291,7 +312,7 @@ mod tests {
             ),
             (
                 r#""messages": [{"role": "user", "content": [{"type": "image_url"}]}]"#.into(),
-                "messages.content",
+                "messages.content.type",
             ),
             (format!(r#""messages": [{hello}], "top_logprobs": 2"#), "top_logprobs"),
             (format!(r#""messages": [{hello}], "logprobs": 2"#), "logprobs"),

@@ -19,6 +19,7 @@ use axum::response::Response;
 use serde::Serialize;
 use serde_json::Value;
 use std::sync::Arc;
+use utoipa::ToSchema;
 
 /// `max_tokens` where nobody says; OpenAI's.
 const USUAL_MAX_TOKENS: u32 = 16;
@@ -87,8 +88,8 @@ struct CompletionWriter {
     tokenizer: Arc<Tokenizer>,
 }
 
-#[derive(Serialize)]
-struct Completion<'a> {
+#[derive(Serialize, ToSchema)]
+pub struct Completion<'a> {
     id: &'a str,
     object: &'static str,
     model: &'a str,
@@ -97,10 +98,12 @@ struct Completion<'a> {
     choices: &'a [Piece<'a>],
     /// Absent, `null`, or a value.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Tokens>)]
     usage: Option<Option<Tokens>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = CompletionChoice)]
 struct Piece<'a> {
     index: usize,
     text: &'a str,
@@ -207,8 +210,9 @@ mod tests {
             (r#""timeout_ms": 0"#, "timeout_ms"),
             (r#""controls": 3"#, "controls"),
             (r#""adapters": {"a": 1}"#, "adapters"),
-            (r#""adapters": [{"name": "a"}]"#, "adapters"),
-            (r#""adapters": [{"name": "a", "weight": 1, "rank": 2}]"#, "adapters"),
+            (r#""adapters": [["a", 1]]"#, "adapters"),
+            (r#""adapters": [{"name": "a"}]"#, "adapters.weight"),
+            (r#""adapters": [{"name": "a", "weight": 1, "rank": 2}]"#, "adapters.rank"),
             (r#""task": 3"#, "task"),
             (r#""debug": {"router": true}"#, "debug.router"),
         ];

@@ -3,18 +3,20 @@
 use crate::api::ticket::ScoredToken;
 use crate::text::Tokenizer;
 use serde::{Serialize, Serializer};
+use utoipa::ToSchema;
 
 /// The least log-probability that is written; JSON has no infinity.
 const LEAST: f32 = -9999.0;
 
 /// Parallel arrays, one entry per token.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, ToSchema)]
 pub struct Logprobs {
     /// The tokens' text; `bytes:\xNN` for one that is not whole characters.
     pub tokens: Vec<String>,
     /// `None` for the first token of a prompt.
     pub token_logprobs: Vec<Option<f32>>,
     /// The likeliest tokens, and the token itself.
+    #[schema(value_type = Vec<Option<BTreeMap<String, f32>>>)]
     pub top_logprobs: Vec<Option<Top>>,
     /// Where the token begins in the text, in characters.
     pub text_offset: Vec<usize>,
@@ -64,24 +66,27 @@ fn top(tokenizer: &Tokenizer, best: &[(u32, f32)], chosen: (u32, f32)) -> Top {
 }
 
 /// `logprobs` of a chat's message.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub struct ChatLogprobs {
     content: Vec<ChatToken>,
     /// Nothing here refuses in words.
+    #[schema(value_type = Option<String>)]
     refusal: Option<()>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct ChatToken {
     #[serde(flatten)]
     token: Alternative,
     top_logprobs: Vec<Alternative>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = ChatAlternative)]
 struct Alternative {
     token: String,
     logprob: f32,
+    #[schema(value_type = Vec<u32>)]
     bytes: Vec<u8>,
 }
 

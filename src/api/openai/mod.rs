@@ -3,10 +3,12 @@
 
 mod chat;
 mod completions;
+mod docs;
 mod logprobs;
 mod models;
 mod tokenize;
 
+pub use docs::describe;
 pub use logprobs::{Logprobs, Top};
 
 use super::http::App;

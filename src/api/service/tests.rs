@@ -7,7 +7,7 @@ use crate::request::{Finish, Input, Message};
 use crate::text::fixture;
 
 /// A service of the task `image` and the bundle `tiny`, both raw text, whose texts end with `ends`.
-async fn service(ends: Vec<u32>) -> Service {
+pub async fn service(ends: Vec<u32>) -> Service {
     let named = |name: &str| Task { name: name.into(), ..Task::parse("raw", "").unwrap() };
     let tasks = TaskTable::new(vec![named("image"), named("tiny")]);
     let metrics = Arc::new(Metrics::new(&tasks.names()));

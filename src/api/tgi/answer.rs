@@ -17,6 +17,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use utoipa::ToSchema;
 
 /// How a whole answer stands in its body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,8 @@ struct Transcript {
     tokens: u32,
 }
 
-#[derive(Debug, PartialEq, Serialize)]
+#[derive(Debug, PartialEq, Serialize, ToSchema)]
+#[schema(as = TgiToken)]
 struct Token {
     id: u32,
     text: String,
@@ -55,29 +57,32 @@ struct Token {
     special: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TgiPromptToken)]
 struct PromptToken {
     id: u32,
     text: String,
     logprob: Option<f32>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = TgiFinishReason)]
 enum Reason {
     Length,
     EosToken,
     StopSequence,
 }
 
-#[derive(Serialize)]
-struct Answer {
+#[derive(Serialize, ToSchema)]
+pub struct Answer {
     generated_text: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     details: Option<Details>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TgiDetails)]
 struct Details {
     finish_reason: Reason,
     generated_tokens: u32,
@@ -88,8 +93,8 @@ struct Details {
     top_tokens: Vec<Vec<Token>>,
 }
 
-#[derive(Serialize)]
-struct Frame {
+#[derive(Serialize, ToSchema)]
+pub struct Frame {
     /// Counted from 1.
     index: u32,
     token: Token,
@@ -99,7 +104,8 @@ struct Frame {
     details: Option<StreamDetails>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = TgiStreamDetails)]
 struct StreamDetails {
     finish_reason: Reason,
     generated_tokens: u32,

@@ -4,8 +4,10 @@
 
 mod answer;
 mod ask;
+mod docs;
 mod refusal;
 
+pub use docs::describe;
 pub use refusal::refusal;
 
 use super::http::App;

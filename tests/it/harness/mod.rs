@@ -3,6 +3,7 @@
 
 mod client;
 mod decoder;
+pub mod routes;
 mod rpc;
 mod server;
 

@@ -1,6 +1,10 @@
 //! What changes a running server: adapters come and go, tasks come. Off unless it was enabled, and then
 //! for those alone who hold the admin key. Which folders may be read is the server's to say, not theirs.
 
+mod docs;
+
+pub use docs::describe;
+
 use super::http::App;
 use super::http::call::{json_fields, read_body};
 use super::http::fields::{Fields, missing};
