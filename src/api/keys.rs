@@ -73,6 +73,11 @@ impl Keys {
         self.api.is_empty()
     }
 
+    /// Whether somebody may change the server.
+    pub fn have_admin(&self) -> bool {
+        self.admin.is_some()
+    }
+
     /// Lets a request for `path` in, or refuses it. Admin routes ask [`Keys::administer`] beside.
     ///
     /// # Errors
@@ -109,7 +114,7 @@ impl Keys {
     }
 
     /// The paths that need no key. Everything else does.
-    fn is_public(&self, path: &str) -> bool {
+    pub fn is_public(&self, path: &str) -> bool {
         match path {
             "/livez" | "/readyz" | "/startupz" | "/health" => true,
             "/v2/health/live" | "/v2/health/ready" => true,

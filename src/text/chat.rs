@@ -27,7 +27,7 @@ const FILE: &str = "chat_template.jinja";
 const SETTINGS: &str = "tokenizer_config.json";
 const NAME: &str = "chat";
 /// The most turns of a conversation.
-const MAX_MESSAGES: usize = 1024;
+pub const MAX_MESSAGES: usize = 1024;
 /// Longest text that a template may write, in bytes.
 const MAX_TEXT: usize = 16 << 20;
 

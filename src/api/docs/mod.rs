@@ -3,8 +3,8 @@
 //!
 //! Each wire describes its own routes in its own folder: what a body may hold is written beside its
 //! reader, what an answer holds is derived from what is serialised. This module puts that together. The
-//! document is the same whatever is served, but for keys; a task's controls are in `/v1/tasks`. Must not know what any
-//! field means.
+//! document is the same whatever is served, but for who may ask; a task's controls are in `/v1/tasks`. Must
+//! not know what any field means.
 
 mod operation;
 
@@ -13,7 +13,7 @@ pub use operation::{Operation, Wire};
 use super::http::call::MAX_TIMEOUT_MS;
 use super::http::respond::reply;
 use super::http::{App, Segment, segment};
-use super::{admin, http, native, oip, openai, tgi};
+use super::{Keys, admin, http, native, oip, openai, tgi};
 use crate::error::{Error, Kind, Result};
 use axum::Router;
 use axum::extract::State;
@@ -49,7 +49,7 @@ pub fn routes() -> Router<Arc<App>> {
 }
 
 async fn openapi(State(app): State<Arc<App>>) -> Response {
-    reply(&document(app.keys.are_open()))
+    reply(&document(&app.keys))
 }
 
 /// A file of Swagger UI.
@@ -69,15 +69,18 @@ fn file(name: &str) -> Result<Response> {
 }
 
 /// The document while it is put together.
-#[derive(Default)]
-pub struct Document {
+pub struct Document<'a> {
+    keys: &'a Keys,
     paths: BTreeMap<String, Map<String, Value>>,
     schemas: BTreeMap<String, Value>,
 }
 
-impl Document {
-    /// Adds an operation on a path.
+impl Document<'_> {
+    /// Adds an operation on a path, which needs a key unless the keys say that the path does not.
     pub fn add(&mut self, path: &str, operation: Operation) {
+        let public = self.keys.is_public(path);
+        let operation = if public { operation.public() } else { operation };
+        let operation = operation.administered(self.keys.have_admin());
         let methods = self.paths.entry(path.to_owned()).or_default();
         methods.insert(operation.method.to_owned(), operation.build());
     }
@@ -126,9 +129,9 @@ fn describe(document: &mut Document) {
     document.add("/docs/{file}", operation);
 }
 
-/// The whole document, for a server that is `open` to all or has keys.
-pub fn document(open: bool) -> Value {
-    let mut document = Document::default();
+/// The whole document, for a server with these keys.
+pub fn document(keys: &Keys) -> Value {
+    let mut document = Document { keys, paths: BTreeMap::new(), schemas: BTreeMap::new() };
     openai::describe(&mut document);
     native::describe(&mut document);
     tgi::describe(&mut document);
@@ -147,7 +150,7 @@ pub fn document(open: bool) -> Value {
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
-        "security": if open { json!([]) } else { json!([{"key": []}]) },
+        "security": if keys.are_open() { json!([]) } else { json!([{"key": []}]) },
         "paths": document.paths,
         "components": components,
     })

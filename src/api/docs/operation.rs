@@ -35,6 +35,8 @@ pub struct Operation {
     /// In lower case, as the document has it.
     pub method: &'static str,
     wire: Wire,
+    /// Whether it is for administrators alone.
+    admin: bool,
     value: Value,
     responses: Map<String, Value>,
 }
@@ -57,7 +59,8 @@ impl Operation {
             "summary": summary,
             "parameters": [{"$ref": "#/components/parameters/RequestId"}],
         });
-        Self { method, wire, value, responses: Map::new() }.errors(&[Kind::Unauthenticated])
+        Self { method, wire, admin: false, value, responses: Map::new() }
+            .errors(&[Kind::Unauthenticated])
     }
 
     /// Says more.
@@ -73,10 +76,17 @@ impl Operation {
         self
     }
 
-    /// Needs the admin key.
-    pub fn for_administrators(mut self) -> Self {
-        self.value["security"] = json!([{"admin": []}]);
-        self.errors(&[Kind::Forbidden])
+    /// Is for administrators alone.
+    pub fn for_administrators(self) -> Self {
+        Self { admin: true, ..self }.errors(&[Kind::Forbidden])
+    }
+
+    /// Needs the admin key, if it is for administrators and there can be some.
+    pub fn administered(mut self, possible: bool) -> Self {
+        if self.admin && possible {
+            self.value["security"] = json!([{"admin": []}]);
+        }
+        self
     }
 
     /// Has a parameter in its path, such as `example`.

@@ -20,7 +20,7 @@ pub fn describe(document: &mut Document) {
         ("/startupz", "started", "started", "Start-up is over"),
     ] {
         let answer = object(&["status"], [properties(json!({"status": {"const": status}}))]);
-        let operation = Operation::get(WIRE, id, summary).public().errors(&[Kind::Unavailable]);
+        let operation = Operation::get(WIRE, id, summary).errors(&[Kind::Unavailable]);
         document.add(path, operation.answers("200", "It is.", answer));
     }
     let text = json!({"type": "string"});
@@ -62,5 +62,6 @@ fn info() -> Value {
             "experts": {"type": ["object", "null"], "description": "Of a mixture of experts."},
             "limits": {"type": "object", "description": "What requests may cost."},
         },
+        "additionalProperties": true,
     })
 }

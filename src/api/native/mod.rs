@@ -6,7 +6,7 @@ mod score;
 mod tasks;
 
 pub use docs::describe;
-pub use generate::{NativeWriter, Piece, renamed};
+pub use generate::{NativeWriter, Piece};
 pub use tasks::task_entry;
 
 use super::http::App;

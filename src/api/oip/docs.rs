@@ -44,7 +44,7 @@ pub fn describe(document: &mut Document) {
     document.add("/v2", operation.answers("200", "Its name.", server));
     for (name, summary) in [("live", "Not in need of a restart"), ("ready", "Able to take work")] {
         let answer = object(&[name], [properties(json!({name: {"const": true}}))]);
-        let operation = Operation::get(WIRE, &format!("oip_{name}"), summary).public();
+        let operation = Operation::get(WIRE, &format!("oip_{name}"), summary);
         let operation = operation.errors(&[Kind::Unavailable]).answers("200", "It is.", answer);
         document.add(&format!("/v2/health/{name}"), operation);
     }

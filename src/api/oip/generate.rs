@@ -2,7 +2,7 @@
 //!
 //! KServe has the parameters in `parameters`, Triton beside the text; either will do.
 
-use super::infer::{INPUT, generation, single, usage};
+use super::infer::{INPUT, generation, single};
 use super::{Named, VERSION, refusal};
 use crate::api::http::App;
 use crate::api::http::answer::{Frames, Progress, Writer};

@@ -1,6 +1,6 @@
 //! What OpenAI's wire looks like, for the document.
 
-use super::chat::{self, ECHOED, MAX_MESSAGES};
+use super::chat::{self, ECHOED};
 use super::completions::{self, MAX_PROMPTS};
 use crate::api::docs::{Document, Operation, Wire, reference};
 use crate::api::http::schema::{
