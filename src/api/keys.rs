@@ -119,6 +119,8 @@ impl Keys {
             "/livez" | "/readyz" | "/startupz" | "/health" => true,
             "/v2/health/live" | "/v2/health/ready" => true,
             "/metrics" | "/metrics/router" => self.metrics_public,
+            "/inference.GRPCInferenceService/ServerLive"
+            | "/inference.GRPCInferenceService/ServerReady" => true,
             _ => path.starts_with("/grpc.health.v1.Health/"),
         }
     }

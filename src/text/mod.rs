@@ -20,7 +20,7 @@ mod jinja;
 mod prompt;
 mod template;
 
-pub use chat::{ChatSettings, ChatTemplate};
+pub use chat::{ChatSettings, ChatTemplate, MAX_MESSAGES};
 pub use controls::resolve_controls;
 pub use decode::{Incremental, Piece};
 pub use encode::{LoadError, Tokenizer};

@@ -77,7 +77,7 @@ async fn refusals_name_the_field() {
             Some("context_length_exceeded"),
         ),
         (
-            json!({"model": "image", "messages": user("x"), "tools": []}),
+            json!({"model": "image", "messages": user("x"), "tools": [{}]}),
             400,
             "tools",
             Some("unknown_field"),

@@ -118,7 +118,7 @@ async fn bodies_that_are_being_read_have_a_size_together() {
             return reply;
         }
     };
-    let whole = tokio::time::timeout(Duration::from_secs(30), async {
+    let whole = timeout(Duration::from_secs(30), async {
         let mut slow = TcpStream::connect(server.client.0).await.unwrap();
         let head =
             format!("POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {room}\r\n\r\n");

@@ -79,13 +79,18 @@ async fn readers_take_the_properties_of_their_schemas() {
             for (name, value) in given() {
                 if declared.contains(name) {
                     let mut more = body.clone();
-                    more[name] = value;
+                    more[name] = value.clone();
                     if name == "stream_options" {
                         more["stream"] = json!(true);
                     }
                     if name == "messages" {
                         more.as_object_mut().unwrap().shift_remove("prompt");
                     }
+                    post(path, &more).await;
+                }
+                if declared.contains(name) && declared.contains("parameters") {
+                    let mut more = body.clone();
+                    more["parameters"][name] = value;
                     post(path, &more).await;
                 }
             }

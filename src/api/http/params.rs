@@ -27,10 +27,32 @@ pub struct Asked {
     pub usual_max_tokens: Option<u32>,
 }
 
+impl Asked {
+    /// The request, with the body's controls and with nothing else that bodies share.
+    pub fn request(self, body: &mut Fields, call: &Call) -> Result<Request> {
+        let (deadline, first_token_deadline) = call.deadlines(None);
+        Ok(Request {
+            record: call.record.clone(),
+            model: self.model,
+            adapters: None,
+            task: None,
+            debug: false,
+            inputs: self.inputs,
+            prompt_field: self.prompt_field,
+            controls: body.take("controls")?.unwrap_or_default(),
+            params: self.params,
+            labels: Vec::new(),
+            grammar: None,
+            usual_max_tokens: self.usual_max_tokens,
+            deadline,
+            first_token_deadline,
+        })
+    }
+}
+
 /// Reads the rest of a body, after the fields of its own that a wire has taken.
 pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
-    let Asked { model, inputs, prompt_field, params, usual_max_tokens } = asked;
-    let controls = body.take("controls")?.unwrap_or_default();
+    let request = asked.request(&mut body, call)?;
     let adapters = mixture(&mut body)?;
     let grammar = grammar(&mut body)?;
     let task = body.take("task")?;
@@ -53,29 +75,14 @@ pub fn request(mut body: Fields, call: &Call, asked: Asked) -> Result<Request> {
         return Err(Error::invalid("suffix", "suffix is not supported; leave it out"));
     }
     if let Some(best_of) = body.take::<u32>("best_of")?
-        && best_of != params.n.unwrap_or(1)
+        && best_of != request.params.n.unwrap_or(1)
     {
         let message = "best_of is supported only where it equals n";
         return Err(Error::invalid("best_of", message));
     }
     body.finish()?;
     let (deadline, first_token_deadline) = call.deadlines(timeout);
-    Ok(Request {
-        record: call.record.clone(),
-        model,
-        adapters,
-        task,
-        debug,
-        inputs,
-        prompt_field,
-        controls,
-        params,
-        labels: Vec::new(),
-        grammar,
-        usual_max_tokens,
-        deadline,
-        first_token_deadline,
-    })
+    Ok(Request { adapters, task, debug, grammar, deadline, first_token_deadline, ..request })
 }
 
 /// `adapters`: an array of `{"name", "weight"}`.

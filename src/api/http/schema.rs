@@ -117,6 +117,16 @@ pub fn echo() -> Value {
     switch("Puts the prompt before the text.")
 }
 
+/// The controls, which are part of every prompt of a task.
+pub fn controls() -> Properties {
+    properties(json!({
+        "controls": optional("object", json!({
+                "additionalProperties": {"type": ["integer", "string"]},
+                "examples": [{"words": 20}],
+            }), "The task's controls, by name; `/v1/tasks` lists them with what they take.")
+    }))
+}
+
 /// What [`super::params::request`] reads of every body.
 pub fn common() -> Properties {
     let part = json!({
@@ -128,11 +138,8 @@ pub fn common() -> Properties {
         },
         "additionalProperties": false,
     });
-    let mut all = properties(json!({
-        "controls": optional("object", json!({
-                "additionalProperties": {"type": ["integer", "string"]},
-                "examples": [{"words": 20}],
-            }), "The task's controls, by name; `/v1/tasks` lists them with what they take."),
+    let mut all = controls();
+    all.extend(properties(json!({
         "adapters": optional("array", json!({"items": part, "maxItems": MAX_PARTS}),
             "Adapters with their weights, in place of the task's own; none is the base alone."),
         "task": optional("string", json!({}),
@@ -145,7 +152,7 @@ pub fn common() -> Properties {
         "suffix": {"type": "null", "description": "Not supported."},
         "best_of": optional("integer", json!({"minimum": 1, "maximum": MAX_N}),
             "Allowed where it equals `n`."),
-    }));
+    })));
     for name in super::params::WITHOUT_EFFECT {
         all.insert(name.into(), json!({"description": "Has no effect."}));
     }

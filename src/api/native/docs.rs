@@ -1,6 +1,7 @@
 //! What Shoal's own wire looks like, for the document.
 
 use super::generate::Answer;
+use super::score::REFUSED;
 use crate::api::docs::{Document, Operation, Wire, reference};
 use crate::api::http::schema::{
     common, echo_and_logprobs, list, object, properties, sampling, switch,
@@ -65,7 +66,9 @@ fn score_body() -> Value {
         "description": "What may follow the prompt; white space between them is part of a label.",
     });
     let own = json!({"input": input(), "labels": labels});
-    object(&["input", "labels"], [properties(own), common()])
+    let mut all = common();
+    REFUSED.iter().for_each(|&name| drop(all.shift_remove(name)));
+    object(&["input", "labels"], [properties(own), all])
 }
 
 fn input() -> Value {

@@ -45,9 +45,14 @@ pub async fn score(
     Ok(response)
 }
 
+/// What bodies share and what means nothing where no text is generated.
+pub const REFUSED: [&str; 5] = ["debug", "choice", "regex", "json_schema", "response_format"];
+
 /// Reads a body: nothing of it is about sampling.
 fn read(mut body: Fields, task: String, call: &Call) -> Result<Request> {
-    body.refuse("debug")?;
+    for name in REFUSED {
+        body.refuse(name)?;
+    }
     let input: String = body.take("input")?.ok_or_else(|| missing("input"))?;
     let labels: Vec<String> = body.take("labels")?.ok_or_else(|| missing("labels"))?;
     let (inputs, params) = (vec![Input::Text(input)], Params::default());

@@ -1,7 +1,7 @@
 //! What KServe's wire looks like, for the document.
 
 use super::generate::Answer;
-use super::infer::{INPUT, OUTPUTS};
+use super::infer::{INPUT, OUTPUTS, TEXTS};
 use super::refusal;
 use crate::api::docs::{Document, Operation, Wire, reference};
 use crate::api::http::schema::{
@@ -124,6 +124,12 @@ fn parameters() -> Properties {
     all.extend(common());
     all.shift_remove("debug");
     all.insert("echo".into(), echo());
+    for name in TEXTS.into_iter().chain(["choice"]) {
+        if let Some(own) = all.get_mut(name) {
+            let text = json!({"type": "string", "description": "The same as a text in JSON."});
+            *own = json!({"anyOf": [own.take(), text]});
+        }
+    }
     let controls = json!({
         "type": ["object", "string", "null"],
         "description": "The task's controls, perhaps as a text in JSON.",

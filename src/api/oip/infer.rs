@@ -113,13 +113,16 @@ pub fn single(request: Request) -> Result<Request> {
     Ok(Request { params: Params { n: Some(n), ..request.params }, ..request })
 }
 
+/// Parameters that may be texts in JSON.
+pub const TEXTS: [&str; 4] = ["adapters", "logit_bias", "json_schema", "response_format"];
+
 /// The parameters, where texts stand for what the protocol's parameters cannot be: JSON, and lists. One
 /// text that is no JSON list is the only choice.
 fn unfolded(mut given: Map<String, Value>) -> Result<Map<String, Value>> {
     for (name, value) in &mut given {
         let Value::String(text) = value else { continue };
         match name.as_str() {
-            "adapters" | "logit_bias" | "json_schema" | "response_format" => {
+            name if TEXTS.contains(&name) => {
                 *value = serde_json::from_str(text)
                     .map_err(|e| Error::invalid(name, format!("{name} must be JSON: {e}")))?;
             }

@@ -22,8 +22,21 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 use utoipa::ToSchema;
 
-/// What clients send back of a message that they were answered with; all of it says nothing.
-pub const ECHOED: [&str; 5] = ["refusal", "annotations", "audio", "tool_calls", "function_call"];
+/// What a client's own type of a message has beside these two, allowed where it says nothing: clients send
+/// the message that they were answered with back.
+pub const EMPTY_IN_MESSAGE: [&str; 9] = [
+    "name",
+    "refusal",
+    "reasoning",
+    "reasoning_content",
+    "annotations",
+    "audio",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+];
+/// The same of the body.
+pub const EMPTY_IN_BODY: [&str; 2] = ["tools", "tool_choice"];
 
 /// The handler.
 pub async fn chat(State(app): State<Arc<App>>, head: Head, body: Body) -> Result<Response> {
@@ -37,6 +50,7 @@ pub async fn chat(State(app): State<Arc<App>>, head: Head, body: Body) -> Result
 fn read(mut body: Fields, call: &Call) -> Result<(Request, Delivery)> {
     let model = body.take("model")?.ok_or_else(|| missing("model"))?;
     let messages = messages(&mut body)?;
+    empty(&mut body, &EMPTY_IN_BODY)?;
     let delivery = Delivery::read(&mut body)?;
     let logprobs = logprobs(&mut body)?;
     // A task's `echo` is for texts; a conversation is not part of its answer.
@@ -67,15 +81,21 @@ fn message(given: Map<String, Value>) -> Result<Message> {
         Content::Text(text) => text,
         Content::Parts(parts) => parts.into_iter().map(part).collect::<Result<_>>()?,
     };
-    for name in ECHOED {
+    empty(&mut given, &EMPTY_IN_MESSAGE)?;
+    given.finish()?;
+    Ok(Message { role, content })
+}
+
+/// Takes fields that hold `null` or an empty list.
+fn empty(given: &mut Fields, names: &[&str]) -> Result<()> {
+    for name in names {
         match given.take_value(name) {
-            Some(Value::Array(empty)) if empty.is_empty() => {}
+            Some(Value::Array(list)) if list.is_empty() => {}
             Some(value) => given.put(name, value)?,
             None => {}
         }
     }
-    given.finish()?;
-    Ok(Message { role, content })
+    Ok(())
 }
 
 /// A part of a content: only texts are.
@@ -285,9 +305,13 @@ mod tests {
     fn a_message_that_was_answered_may_be_sent_back() {
         let assistant = Assistant { role: "assistant", content: "hi", refusal: None };
         let mut sent = serde_json::to_value(&assistant).unwrap();
+        for name in EMPTY_IN_MESSAGE {
+            sent[name] = Value::Null;
+        }
         sent["tool_calls"] = serde_json::json!([]);
         sent["annotations"] = serde_json::json!([]);
-        let asked = asked(&format!(r#""messages": [{sent}]"#)).unwrap();
+        let nothing = r#""tools": [], "tool_choice": null"#;
+        let asked = asked(&format!(r#""messages": [{sent}], {nothing}"#)).unwrap();
         let message = Message { role: "assistant".into(), content: "hi".into() };
         assert_eq!(asked.inputs, [Input::Chat(vec![message])]);
     }
@@ -316,7 +340,7 @@ mod tests {
             ),
             (format!(r#""messages": [{hello}], "top_logprobs": 2"#), "top_logprobs"),
             (format!(r#""messages": [{hello}], "logprobs": 2"#), "logprobs"),
-            (format!(r#""messages": [{hello}], "tools": []"#), "tools"),
+            (format!(r#""messages": [{hello}], "tools": [{{}}]"#), "tools"),
             (format!(r#""messages": [{hello}], "echo": true"#), "echo"),
         ] {
             let fields = if fields.is_empty() { r#""user": "u""#.to_owned() } else { fields };

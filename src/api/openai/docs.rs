@@ -1,14 +1,15 @@
 //! What OpenAI's wire looks like, for the document.
 
-use super::chat::{self, ECHOED};
-use super::completions::{self, MAX_PROMPTS};
+use super::chat::{self, EMPTY_IN_BODY, EMPTY_IN_MESSAGE};
+use super::completions;
 use crate::api::docs::{Document, Operation, Wire, reference};
 use crate::api::http::schema::{
-    Properties, common, echo_and_logprobs, list, object, optional, optional_object, properties,
-    sampling, switch,
+    Properties, common, controls, echo_and_logprobs, list, object, optional, optional_object,
+    properties, sampling, switch,
 };
 use crate::error::Kind;
 use crate::request::{MAX_LOGPROBS, ROLES};
+use crate::text::MAX_MESSAGES;
 use serde_json::{Value, json};
 
 /// Its routes are there twice: what stands before their paths and their ids, and their heading.
@@ -128,7 +129,14 @@ fn chat_body() -> Value {
         "top_logprobs": optional("integer", json!({"minimum": 0, "maximum": MAX_LOGPROBS}),
             "And of this many others; only with `logprobs`."),
     });
-    object(&["model", "messages"], [properties(own), delivery(), sampling(), common()])
+    let empty = empty(&EMPTY_IN_BODY);
+    object(&["model", "messages"], [properties(own), empty, delivery(), sampling(), common()])
+}
+
+/// Fields that are there for clients that always send them.
+fn empty(names: &[&str]) -> Properties {
+    let nothing = json!({"type": ["array", "null"], "maxItems": 0, "description": "Says nothing."});
+    names.iter().map(|&name| (name.to_owned(), nothing.clone())).collect()
 }
 
 /// What [`chat::messages`] reads.
@@ -137,14 +145,11 @@ fn messages() -> Value {
         &["type", "text"],
         [properties(json!({"type": {"const": "text"}, "text": {"type": "string"}}))],
     );
-    let nothing = json!({"type": ["array", "null"], "maxItems": 0, "description": "Says nothing."});
     let mut message = properties(json!({
         "role": {"type": "string", "enum": ROLES},
         "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": text}]},
     }));
-    for name in ECHOED {
-        message.insert(name.into(), nothing.clone());
-    }
+    message.extend(empty(&EMPTY_IN_MESSAGE));
     let message = object(&["role", "content"], [message]);
     json!({"type": "array", "items": message, "minItems": 1, "maxItems": MAX_MESSAGES})
 }
@@ -155,7 +160,7 @@ fn completion_body() -> Value {
         json!({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}});
     let mut some = ids.clone();
     some["minItems"] = json!(1);
-    let many = |items: Value| json!({"type": "array", "items": items, "minItems": 1, "maxItems": MAX_PROMPTS});
+    let many = |items: Value| json!({"type": "array", "items": items, "minItems": 1});
     let own = json!({
         "model": model_name(),
         "prompt": {
@@ -187,7 +192,7 @@ fn tokenize_body() -> Value {
         "return_token_strs": switch("Tells the tokens' texts too."),
         "add_special_tokens": switch("Has no effect: a tokenizer here adds none."),
     });
-    let mut schema = object(&[], [properties(own), common()]);
+    let mut schema = object(&[], [properties(own), controls()]);
     schema["oneOf"] = json!([{"required": ["prompt"]}, {"required": ["messages"]}]);
     schema
 }

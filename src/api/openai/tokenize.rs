@@ -5,7 +5,7 @@ use super::chat::messages;
 use crate::api::http::App;
 use crate::api::http::call::{Call, Head};
 use crate::api::http::fields::{Fields, missing};
-use crate::api::http::params::{Asked, request};
+use crate::api::http::params::Asked;
 use crate::api::http::respond::reply;
 use crate::error::{Error, Result};
 use crate::request::{Input, Params, Request};
@@ -41,15 +41,12 @@ fn text(mut body: Fields, call: &Call, bundle: &str) -> Result<(Request, bool)> 
         Some(prompt) => (Input::Text(prompt), "prompt"),
         None => (Input::Chat(messages(&mut body)?), "messages"),
     };
-    // Of what bodies share, only controls are part of a prompt.
-    let mut shared = Fields::default();
-    if let Some(controls) = body.take_value("controls") {
-        shared.put("controls", controls)?;
-    }
-    body.finish()?;
     let (inputs, params) = (vec![input], Params::default());
     let asked = Asked { model, inputs, prompt_field, params, usual_max_tokens: None };
-    Ok((request(shared, call, asked)?, names))
+    // Of what bodies share, only controls are part of a prompt.
+    let request = asked.request(&mut body, call)?;
+    body.finish()?;
+    Ok((request, names))
 }
 
 /// `{"tokens"}`; a `model` is of no consequence, for all have one tokenizer.
