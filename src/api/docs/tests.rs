@@ -34,7 +34,7 @@ fn given() -> Vec<(&'static str, Value)> {
 /// The names of all properties of a schema.
 fn names(document: &Value, schema: &Value, found: &mut BTreeSet<String>) {
     if let Some(reference) = schema["$ref"].as_str() {
-        return names(document, &document.pointer(&reference[1..]).unwrap(), found);
+        return names(document, document.pointer(&reference[1..]).unwrap(), found);
     }
     for (name, property) in schema["properties"].as_object().into_iter().flatten() {
         found.insert(name.clone());
