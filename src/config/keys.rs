@@ -31,7 +31,7 @@ pub struct Keys {
     /// The admin key itself: for the environment, where nobody else reads it
     #[arg(long, hide = true)]
     pub admin_key: Option<Secret>,
-    /// Web pages that may call this server, as SCHEME://HOST[:PORT]; * is all; between commas, or given
+    /// Web pages that may call this server, as SCHEME://HOST or SCHEME://HOST:PORT; * is all; between commas, or given
     /// several times
     #[arg(long, value_delimiter = ',', value_parser = origin)]
     pub cors_allow_origin: Vec<String>,

@@ -180,7 +180,8 @@ fn check_reply(document: &Value, response: &Value, body: &[u8], media: &str) -> 
         "application/json" => check(document, schema, &serde_json::from_slice(body).unwrap(), ""),
         "text/event-stream" => {
             let text = std::str::from_utf8(body).unwrap();
-            let frame = &schema["properties"]["data"]["contentSchema"];
+            let frame = &schema["properties"]["data"]["anyOf"][0]["contentSchema"];
+            assert!(frame.is_object());
             let data = text.lines().filter_map(|line| line.strip_prefix("data: "));
             let mut frames = data.filter(|data| *data != "[DONE]").peekable();
             assert!(frames.peek().is_some());

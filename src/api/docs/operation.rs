@@ -160,9 +160,9 @@ impl Operation {
 
     /// Answers a body with `stream` by server-sent events, each of which has `frame` as its data.
     pub fn streams(self, text: &str, frame: Value) -> Self {
-        let data = json!({
-            "type": "string", "contentMediaType": "application/json", "contentSchema": frame,
-        });
+        let of = |schema: Value| json!({"contentMediaType": "application/json", "contentSchema": schema});
+        let error = reference(self.wire.error);
+        let data = json!({"type": "string", "anyOf": [of(frame), of(error), {"const": "[DONE]"}]});
         // Before OpenAPI 3.2 this is the schema of one event.
         let schema = json!({
             "type": "object", "required": ["data"], "properties": {"data": data},
