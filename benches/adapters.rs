@@ -103,7 +103,7 @@ fn runner(precision: Precision) -> Result<CandleRunner> {
     };
     let tensors = fresh(&spec, 1)?.into_iter().collect();
     let vb = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
-    let decoder = Decoder::packed(&spec, vb, Ops::new(&Device::Cpu, precision))?;
+    let decoder = Decoder::packed(&spec, vb, Ops::new(&Device::Cpu, precision), precision)?;
     CandleRunner::new(decoder, SEQUENCES * BLOCKS, 16)
 }
 

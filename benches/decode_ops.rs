@@ -3,8 +3,10 @@
 //! `cargo bench --bench decode_ops`
 
 use candle_core::{DType, Device, Result, Tensor};
-use shoal::kernels::{KvPool, KvShape, Ops, PackedMatrix, PagedRows, Precision, in_pool};
+use shoal::kernels::{Format, KvPool, KvShape, Ops, PackedMatrix, PagedRows, Precision, in_pool};
 use std::time::Duration;
+
+const F32: Format = Format::Float(Precision::F32);
 
 struct Shape {
     name: &'static str,
@@ -34,9 +36,10 @@ fn random(rows: usize, columns: usize) -> Result<Tensor> {
 }
 
 impl Model {
-    fn new(shape: &Shape, precision: Precision, sequences: usize) -> Result<Self> {
+    fn new(shape: &Shape, format: Format, sequences: usize) -> Result<Self> {
         let d = shape.width;
-        let packed = |k, n| PackedMatrix::from_in_out(&random(k, n)?, precision);
+        let precision = if format == F32 { Precision::F32 } else { Precision::Bf16 };
+        let packed = |k, n| PackedMatrix::from_in_out(&random(k, n)?, format);
         let norm = || Tensor::ones(d, DType::F32, &Device::Cpu);
         let layer = || {
             Ok(Layer {
@@ -50,7 +53,7 @@ impl Model {
         Ok(Self {
             ops: Ops::new(&Device::Cpu, precision),
             layers: (0..shape.layers).map(|_| layer()).collect::<Result<_>>()?,
-            head: PackedMatrix::from_out_in(&random(shape.vocab, d)?, precision)?,
+            head: PackedMatrix::from_out_in(&random(shape.vocab, d)?, format)?,
             pool: KvPool::new(
                 KvShape {
                     layers: shape.layers,
@@ -90,9 +93,9 @@ fn main() -> Result<()> {
         Shape { name: "124M", layers: 12, width: 768, heads: 12, vocab: 50257 },
     ];
     for shape in &shapes {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for format in [F32, Format::Float(Precision::Bf16), Format::Int8] {
             for sequences in [1, 4, 16, 64] {
-                let mut model = Model::new(shape, precision, sequences)?;
+                let mut model = Model::new(shape, format, sequences)?;
                 let x = random(sequences, shape.width)?;
                 let positions = vec![96u32; sequences];
                 let slices: Vec<_> = (0..sequences).map(|i| (i..i + 1, i * 8..i * 8 + 8)).collect();
@@ -109,7 +112,7 @@ fn main() -> Result<()> {
                 }
                 let [outside, inside] = best.map(|t| t.as_secs_f64());
                 println!(
-                    "{:5} {precision:?} {sequences:2} rows: {:.3} ms a step, {:.3} in the pool: {:.0} tok/s, {:.0} GB/s of weights",
+                    "{:5} {format:?} {sequences:2} rows: {:.3} ms a step, {:.3} in the pool: {:.0} tok/s, {:.0} GB/s of weights",
                     shape.name,
                     outside * 1e3,
                     inside * 1e3,

@@ -8,7 +8,7 @@ use crate::adapter::registry::{Bounds, Registry, Wanted};
 use crate::adapter::{self, Loaded};
 use crate::config::{Dtype, bundle_id};
 use crate::engine::{self, EngineHandle, Job, Settings};
-use crate::kernels::Precision;
+use crate::kernels::{Format, Precision};
 use crate::metrics::Metrics;
 use crate::model::{self, LoadOptions, Spec, Weights};
 use crate::task::{Task, TaskTable};
@@ -251,9 +251,10 @@ impl Bundle {
 
     /// What the weights are held in, in a word.
     pub fn held_as(&self, dtype: Dtype) -> &'static str {
-        match self.precision(dtype) {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
+        match model::format(dtype, self.stored) {
+            Format::Float(Precision::F32) => "f32",
+            Format::Float(Precision::Bf16) => "bf16",
+            Format::Int8 => "int8",
         }
     }
 

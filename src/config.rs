@@ -195,6 +195,8 @@ pub enum Dtype {
     F32,
     /// 16 bits, half the bytes
     Bf16,
+    /// 8 bits with a scale for each output, a quarter of the bytes; keys and values in bf16
+    Int8,
 }
 
 /// How a log line is written.

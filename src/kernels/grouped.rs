@@ -52,7 +52,7 @@ pub fn grouped_matmul(x: &Tensor, groups: &[Group<'_>], columns: usize) -> Resul
         }
         covered = own.end;
         let fits = w.shape() == (inner, columns)
-            && w.panels.how() == groups[0].w.panels.how()
+            && w.format() == groups[0].w.format()
             && bias.is_none_or(|b| b.elem_count() == columns);
         if !fits {
             let bias = bias.map(Tensor::dims);
@@ -67,15 +67,24 @@ pub fn grouped_matmul(x: &Tensor, groups: &[Group<'_>], columns: usize) -> Resul
     let biases: Vec<_> =
         groups.iter().map(|g| g.bias.map(elements).transpose()).collect::<Result<_>>()?;
     let parts = groups.iter().zip(&biases).filter(|(group, _)| !group.rows.is_empty());
-    let parts: Vec<Part<'_>> = parts
-        .map(|(group, bias)| Part {
-            rows: group.rows.clone(),
-            panels: &group.w.panels,
-            bias: bias.as_deref().map(|b| Shared::new(b.as_ptr().cast_mut())),
-        })
-        .collect();
-    // SAFETY: the parts cover all rows, and fit the input and the columns.
-    let out = unsafe { filled(rows * columns, |out| multiply(&x, &parts, out)) };
+    let floats = parts.clone().map(|(group, bias)| {
+        let bias = bias.as_deref().map(|b| Shared::new(b.as_ptr().cast_mut()));
+        Some(Part { rows: group.rows.clone(), panels: group.w.panels()?, bias })
+    });
+    let run = |out: Shared<f32>| match floats.collect::<Option<Vec<Part<'_>>>>() {
+        // SAFETY: the parts cover all rows, and fit the input and the columns.
+        Some(floats) => unsafe { multiply(&x, &floats, out) },
+        None => parts.for_each(|(Group { rows, w, .. }, bias)| {
+            let own = &x[rows.start * inner..rows.end * inner];
+            // SAFETY: as above; these rows' place is theirs alone.
+            unsafe {
+                let out = Shared::new(out.get().add(rows.start * columns));
+                w.multiply(own, rows.len(), bias.as_deref(), out);
+            }
+        }),
+    };
+    // SAFETY: every row is in a group.
+    let out = unsafe { filled(rows * columns, run) };
     Tensor::from_vec(out, (rows, columns), &Device::Cpu)
 }
 
@@ -187,9 +196,11 @@ pub fn low_rank_add(y: Tensor, x: &Tensor, groups: &[LowRankGroup<'_>]) -> Resul
             bail!("group {own:?} is not among {rows} rows");
         }
         let ((a_in, rank), (b_in, b_out)) = (a.shape(), b.shape());
-        if (a_in, b_out) != (inner, columns) || rank != b_in || a.panels.how() != b.panels.how() {
+        let alike = a.format() == b.format() && a.panels().is_some();
+        if (a_in, b_out) != (inner, columns) || rank != b_in || !alike {
+            let (a_is, b_is) = (a.format(), b.format());
             let (a, b) = (a.shape(), b.shape());
-            bail!("{a:?} and {b:?} between {inner} and {columns} columns");
+            bail!("{a:?} {a_is:?} and {b:?} {b_is:?} between {inner} and {columns} columns");
         }
     }
     if y.track_op() {
@@ -270,7 +281,8 @@ impl LowRank<'_> {
 
 /// Adds a group's product for rows `x` to rows `y`, at most a block of them.
 fn add_group(group: &LowRankGroup<'_>, x: &[f32], y: &mut [f32]) {
-    let (a, b) = (&group.a.panels, &group.b.panels);
+    // Groups in anything but floats were refused.
+    let (Some(a), Some(b)) = (group.a.panels(), group.b.panels()) else { return };
     let (rows, rank, how): (usize, usize, (Isa, bool)) = (x.len() / a.k, a.columns, a.how());
     let (x_stride, t_stride) = (spread(words(a.k, how.1)), spread(words(rank, how.1)));
     with_scratch(rows * (x_stride + rank + t_stride), |scratch| {

@@ -14,6 +14,7 @@ mod autograd;
 mod embed;
 mod gemm;
 mod grouped;
+mod int8;
 mod kv;
 mod linear;
 mod loss;
@@ -36,7 +37,7 @@ pub use mix::mix_rows;
 pub use mmap::map_file;
 pub use ops::{Mode, Ops};
 pub use optim::{AdamW, adamw_step, l2_norm_squared};
-pub use packed::PackedMatrix;
+pub use packed::{Format, PackedMatrix};
 pub use threads::{in_pool, threads};
 
 /// The target of a row that takes no part in [`Ops::cross_entropy`].

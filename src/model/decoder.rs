@@ -5,7 +5,7 @@
 
 use super::{MoeLayer, Routes, Spec};
 use crate::adapter::Module;
-use crate::kernels::{Ops, PackedMatrix, Precision};
+use crate::kernels::{Format, Ops, PackedMatrix, Precision};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
@@ -202,12 +202,17 @@ pub struct Decoder {
 impl Decoder {
     /// Over weights as they are, so that gradients reach them. `vb` holds [`Spec::tensors`].
     pub fn new(spec: &Spec, vb: VarBuilder<'_>, ops: Ops) -> Result<Self> {
-        Builder { spec, ops, packed: false }.decoder(&vb)
+        Builder { spec, ops, packed: None }.decoder(&vb)
     }
 
-    /// Over weights packed for serving.
-    pub fn packed(spec: &Spec, vb: VarBuilder<'_>, ops: Ops) -> Result<Self> {
-        Builder { spec, ops, packed: true }.decoder(&vb)
+    /// Over weights packed for serving, held in `format`.
+    pub fn packed(
+        spec: &Spec,
+        vb: VarBuilder<'_>,
+        ops: Ops,
+        format: impl Into<Format>,
+    ) -> Result<Self> {
+        Builder { spec, ops, packed: Some(format.into()) }.decoder(&vb)
     }
 
     /// The final hidden states `[rows, d]`, after the last norm, of `tokens` (u32 `[rows]`) at
@@ -255,7 +260,7 @@ impl Decoder {
 struct Builder<'a> {
     spec: &'a Spec,
     ops: Ops,
-    packed: bool,
+    packed: Option<Format>,
 }
 
 impl Builder<'_> {
@@ -263,8 +268,8 @@ impl Builder<'_> {
         let (spec, vb) = (self.spec, vb.pp("transformer"));
         let wte = vb.get((spec.vocab, spec.width), "wte.weight")?;
         let wte = match self.packed {
-            true => Table::Packed(PackedMatrix::from_out_in(&wte, self.ops.precision)?),
-            false => Table::Plain(wte),
+            Some(format) => Table::Packed(PackedMatrix::from_out_in(&wte, format)?),
+            None => Table::Plain(wte),
         };
         let blocks = (0..spec.layers).map(|i| self.block(i, &vb.pp("h").pp(i)));
         Ok(Decoder {
@@ -293,8 +298,8 @@ impl Builder<'_> {
         if let Some(moe) = spec.moe_of(layer) {
             let vb = vb.pp("moe");
             let layer = match self.packed {
-                true => MoeLayer::packed(spec, moe, &vb, self.ops.precision),
-                false => MoeLayer::new(spec, moe, &vb),
+                Some(format) => MoeLayer::packed(spec, moe, &vb, format),
+                None => MoeLayer::new(spec, moe, &vb),
             };
             return layer.map(FeedForward::Experts);
         }
@@ -309,8 +314,8 @@ impl Builder<'_> {
         let w = vb.get((inputs, outputs), "weight")?;
         let b = vb.get(outputs, "bias")?;
         Ok(match self.packed {
-            true => Linear::Packed { w: PackedMatrix::from_in_out(&w, self.ops.precision)?, b },
-            false => Linear::Plain { w, b },
+            Some(format) => Linear::Packed { w: PackedMatrix::from_in_out(&w, format)?, b },
+            None => Linear::Plain { w, b },
         })
     }
 

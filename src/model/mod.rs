@@ -27,7 +27,7 @@ pub use crate::error::Faults;
 
 use crate::adapter;
 use crate::config::Dtype;
-use crate::kernels::{KvShape, Ops, Precision};
+use crate::kernels::{Format, KvShape, Ops, Precision};
 use candle_core::{DType, Device};
 use std::path::Path;
 
@@ -37,11 +37,19 @@ impl From<candle_core::Error> for Faults {
     }
 }
 
-/// What weights are held in, and matrix products read, for a file of this type. By itself an f16 file is
-/// widened to f32: every f16 is an f32, but most are not bf16.
+/// What weights are held in, for a file of this type.
+pub fn format(dtype: Dtype, file: DType) -> Format {
+    match dtype {
+        Dtype::Int8 => Format::Int8,
+        _ => Format::Float(precision(dtype, file)),
+    }
+}
+
+/// What keys, values, adapters and, unless they have a format of their own, weights are held in, for a
+/// file of this type. By itself an f16 file is widened to f32: every f16 is an f32, but most are not bf16.
 pub fn precision(dtype: Dtype, file: DType) -> Precision {
     match (dtype, file) {
-        (Dtype::Bf16, _) | (Dtype::Auto, DType::BF16) => Precision::Bf16,
+        (Dtype::Bf16 | Dtype::Int8, _) | (Dtype::Auto, DType::BF16) => Precision::Bf16,
         (Dtype::F32, _) | (Dtype::Auto, _) => Precision::F32,
     }
 }
@@ -84,7 +92,8 @@ pub fn load(dir: &Path, options: &LoadOptions) -> Result<CandleRunner, Faults> {
     }
     weights.check_values()?;
     let ops = Ops::new(&Device::Cpu, precision(options.dtype, weights.dtype()));
-    let decoder = Decoder::packed(weights.spec(), weights.var_builder(&Device::Cpu), ops)?;
+    let format = format(options.dtype, weights.dtype());
+    let decoder = Decoder::packed(weights.spec(), weights.var_builder(&Device::Cpu), ops, format)?;
     let blocks = options.kv_tokens.div_ceil(options.block_size);
     Ok(CandleRunner::new(decoder, blocks, options.block_size)?)
 }
@@ -104,6 +113,8 @@ mod tests {
         assert_eq!(precision(Dtype::Auto, DType::F32), Precision::F32);
         assert_eq!(precision(Dtype::F32, DType::BF16), Precision::F32);
         assert_eq!(precision(Dtype::Bf16, DType::F32), Precision::Bf16);
+        assert_eq!(format(Dtype::Auto, DType::BF16), Format::Float(Precision::Bf16));
+        assert_eq!(format(Dtype::Int8, DType::F32), Format::Int8);
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod train;
 
 use super::Spec;
 use super::spec::Moe;
-use crate::kernels::{Ops, Precision};
+use crate::kernels::{Format, Ops};
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -144,14 +144,14 @@ impl MoeLayer {
         Ok(Self(Form::Plain(train::Plain::load(spec, moe, vb)?)))
     }
 
-    /// Over weights packed for serving; the gate's are not rounded, whatever the precision.
+    /// Over weights packed for serving; the gate's are not rounded, whatever the format.
     pub fn packed(
         spec: &Spec,
         moe: &Moe,
         vb: &VarBuilder<'_>,
-        precision: Precision,
+        format: impl Into<Format>,
     ) -> Result<Self> {
-        Ok(Self(Form::Packed(serve::Packed::load(spec, moe, vb, precision)?)))
+        Ok(Self(Form::Packed(serve::Packed::load(spec, moe, vb, format.into())?)))
     }
 
     /// What the experts make of `x [rows, d]`, and which ones did. `gates` are the rows' tasks; rows

@@ -104,7 +104,7 @@ fn packed_sequences_have_pytorchs_logits() {
         let vb = || weights.var_builder(&Device::Cpu);
         for decoder in [
             Decoder::new(weights.spec(), vb(), ops).unwrap(),
-            Decoder::packed(weights.spec(), vb(), ops).unwrap(),
+            Decoder::packed(weights.spec(), vb(), ops, ops.precision).unwrap(),
         ] {
             let logits = decoder.logits(&hidden(&decoder, ops, &sequences)).unwrap();
             let error = distance(&logits, &expected);
@@ -334,6 +334,7 @@ fn every_file_type_serves_in_every_precision() {
         (DType::F16, Dtype::Bf16, 0.05),
         (DType::BF16, Dtype::Auto, 0.05),
         (DType::BF16, Dtype::F32, 0.05),
+        (DType::F32, Dtype::Int8, 0.1),
     ] {
         let dir = tempfile::tempdir().unwrap();
         weights::save(dir.path(), weights.spec(), &tensors, file).unwrap();

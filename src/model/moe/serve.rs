@@ -2,7 +2,7 @@
 //! once over its rows, and the results go back. Not differentiable.
 
 use super::{Expert, Routes, gate_rows};
-use crate::kernels::{Group, Ops, PackedMatrix, Precision, grouped_matmul, mix_rows};
+use crate::kernels::{Format, Group, Ops, PackedMatrix, Precision, grouped_matmul, mix_rows};
 use crate::model::Spec;
 use crate::model::spec::{Gate, Moe};
 use candle_core::{Device, Result, Tensor};
@@ -31,8 +31,8 @@ enum PackedGate {
 }
 
 impl Packed {
-    pub fn load(spec: &Spec, moe: &Moe, vb: &VarBuilder<'_>, precision: Precision) -> Result<Self> {
-        let pack = |w: Tensor| PackedMatrix::from_in_out(&w, precision);
+    pub fn load(spec: &Spec, moe: &Moe, vb: &VarBuilder<'_>, format: Format) -> Result<Self> {
+        let pack = |w: Tensor| PackedMatrix::from_in_out(&w, format);
         let expert = |e| Expert::load(spec, &vb.pp("experts").pp(e), pack);
         Ok(Self {
             gate: PackedGate::load(spec, moe, &vb.pp("gate"))?,

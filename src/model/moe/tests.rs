@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::kernels::Mode;
+use crate::kernels::Precision;
 use crate::model::decoder::{CausalPacked, Decoder, Pass};
 use crate::model::init::upcycle;
 use crate::model::spec::Gate;
@@ -127,7 +128,7 @@ fn hidden(decoder: &Decoder, ops: Ops, sequences: &[Sequence]) -> (Tensor, Vec<R
 }
 
 fn packed(spec: &Spec, tensors: &Tensors, ops: Ops) -> Decoder {
-    Decoder::packed(spec, var_builder(tensors), ops).unwrap()
+    Decoder::packed(spec, var_builder(tensors), ops, ops.precision).unwrap()
 }
 
 #[test]

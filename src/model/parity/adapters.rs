@@ -83,7 +83,7 @@ fn merged(parts: &[(Vec<Change>, f32)]) -> CandleRunner {
     }
     let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
     let ops = Ops::new(&Device::Cpu, Precision::F32);
-    let decoder = Decoder::packed(weights.spec(), vb, ops).unwrap();
+    let decoder = Decoder::packed(weights.spec(), vb, ops, ops.precision).unwrap();
     CandleRunner::new(decoder, BLOCKS, BLOCK_SIZE).unwrap()
 }
 

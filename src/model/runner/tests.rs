@@ -39,7 +39,7 @@ fn runner_of(moe: Option<Moe>, edit: impl Fn(&mut BTreeMap<String, Tensor>)) -> 
     edit(&mut tensors);
     let vb = VarBuilder::from_tensors(tensors.into_iter().collect(), DType::F32, &Device::Cpu);
     let ops = Ops::new(&Device::Cpu, Precision::F32);
-    let decoder = Decoder::packed(&spec, vb, ops).unwrap();
+    let decoder = Decoder::packed(&spec, vb, ops, ops.precision).unwrap();
     CandleRunner::new(decoder, BLOCKS, BLOCK_SIZE).unwrap()
 }
 
