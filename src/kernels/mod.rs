@@ -30,7 +30,9 @@ mod reduce;
 mod reference;
 mod simd;
 mod threads;
+mod vocabulary;
 
+pub use autograd::elements;
 pub use grouped::{Group, LowRankGroup, grouped_matmul, low_rank_add};
 pub use kv::{KvPool, KvShape, PagedRows};
 pub use mix::mix_rows;
@@ -39,6 +41,7 @@ pub use ops::{Mode, Ops};
 pub use optim::{AdamW, adamw_step, l2_norm_squared};
 pub use packed::{Format, PackedMatrix};
 pub use threads::{in_pool, threads};
+pub use vocabulary::{BLOCK, block_sums, exponentials, largest};
 
 /// The target of a row that takes no part in [`Ops::cross_entropy`].
 pub const IGNORE: u32 = u32::MAX;

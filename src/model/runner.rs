@@ -12,7 +12,7 @@ use super::step::{
 };
 use super::{Routes, Spec, adapter_shape, kv_shape, sample};
 use crate::adapter;
-use crate::kernels::{KvPool, LowRankGroup, PagedRows, in_pool, low_rank_add};
+use crate::kernels::{KvPool, LowRankGroup, PagedRows, elements, in_pool, low_rank_add};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use rayon::prelude::*;
 use routed::Routed;
@@ -81,7 +81,7 @@ impl CandleRunner {
             let rows: Vec<u32> = part.iter().map(&row).collect();
             let rows = Tensor::from_vec(rows, part.len(), hidden.device())?;
             let logits = self.decoder.logits(&hidden.index_select(&rows, 0)?)?;
-            let logits = logits.flatten_all()?.to_vec1::<f32>()?;
+            let logits = elements(&logits)?;
             let logits = logits.par_chunks_exact(self.capacity.vocab);
             outputs.par_extend(logits.zip(part).map(|(logits, asked)| f(logits, asked)));
         }

@@ -12,6 +12,7 @@
 
 use super::step::{RowError, SampleRow, Sampled, ScoreRow};
 use crate::ids::{GAMMA, mix};
+use crate::kernels::{BLOCK, block_sums, exponentials, largest};
 use crate::request::{Sampling, TokenLogprob};
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -19,9 +20,14 @@ use std::collections::BTreeMap;
 
 /// Chooses the next token. Fails on logits that are not finite and if every token is banned.
 pub fn choose(raw: &[f32], row: &SampleRow) -> Result<Sampled, RowError> {
-    check_finite(raw)?;
+    let max = finite(raw)?;
     let logits = adjusted(raw, row)?;
-    let best = argmax(&logits).ok_or("no token is left to choose from")?;
+    let max = match &logits {
+        Cow::Borrowed(_) => max,
+        Cow::Owned(logits) => logits.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+    };
+    let best = logits.iter().position(|&l| l == max).filter(|_| max.is_finite());
+    let best = best.ok_or("no token is left to choose from")? as u32;
     let token = match row.sampling.temperature {
         0.0 => best,
         _ => draw(&logits, best, &row.sampling, uniform(row.seed, row.index))?,
@@ -32,7 +38,7 @@ pub fn choose(raw: &[f32], row: &SampleRow) -> Result<Sampled, RowError> {
 
 /// Scores a token that is known to follow.
 pub fn score(raw: &[f32], row: &ScoreRow) -> Result<TokenLogprob, RowError> {
-    check_finite(raw)?;
+    finite(raw)?;
     if row.target as usize >= raw.len() {
         return Err(outside(row.target, raw.len()));
     }
@@ -47,10 +53,9 @@ fn uniform(seed: u64, index: u32) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
-fn check_finite(logits: &[f32]) -> Result<(), RowError> {
-    // The product of anything finite with 0 is 0; of NaN and infinities it is NaN.
-    let sum: f32 = logits.iter().map(|l| l * 0.0).sum();
-    if sum.is_nan() { Err("the model gave logits that are not finite".into()) } else { Ok(()) }
+/// The largest of the logits, if all are finite.
+fn finite(raw: &[f32]) -> Result<f32, RowError> {
+    largest(raw).ok_or_else(|| "the model gave logits that are not finite".into())
 }
 
 fn outside(token: u32, vocab: usize) -> RowError {
@@ -117,59 +122,61 @@ fn output_counts(row: &SampleRow) -> BTreeMap<u32, u32> {
     counts
 }
 
-/// The likeliest token, if any is possible at all.
-fn argmax(logits: &[f32]) -> Option<u32> {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |max, &l| max.max(l));
-    if !max.is_finite() {
-        return None;
-    }
-    logits.iter().position(|&l| l == max).map(|i| i as u32)
-}
-
 /// Draws a token by `u` in [0, 1) from what temperature and truncation leave. Tokens are laid end to end
 /// in the order of their ids, so truncation that cuts nothing changes nothing.
 fn draw(logits: &[f32], best: u32, sampling: &Sampling, u: f64) -> Result<u32, RowError> {
     let k = sampling.top_k as usize;
-    let last = match (1..logits.len()).contains(&k) {
-        true => top(logits, k).last().copied(),
-        false => None,
+    let ids = (1..logits.len()).contains(&k).then(|| {
+        let mut ids = top(logits, k);
+        ids.sort_unstable();
+        ids
+    });
+    let left: Cow<'_, [f32]> = match &ids {
+        Some(ids) => ids.iter().map(|&id| logits[id as usize]).collect(),
+        None => logits.into(),
     };
-    let max = logits[best as usize];
-    let weight = |l: f32| ((l - max) / sampling.temperature).exp();
-    let mut weights: Vec<f32> = match last {
-        Some(last) => (0u32..)
-            .zip(logits)
-            .map(|(id, &l)| if rank(logits, id, last).is_gt() { 0.0 } else { weight(l) })
-            .collect(),
-        None => logits.iter().map(|&l| weight(l)).collect(),
-    };
+    let mut weights = exponentials(&left, logits[best as usize], sampling.temperature);
+    let possible = weights.iter_mut().zip(&*left);
+    possible.for_each(|(w, &l)| *w = if l == f32::NEG_INFINITY { 0.0 } else { *w });
     if sampling.top_p < 1.0 {
         keep_nucleus(&mut weights, sampling.top_p);
     }
     // The likeliest token's weight is 1, so a share of it is the share itself.
-    weights.iter_mut().filter(|w| **w < sampling.min_p).for_each(|w| *w = 0.0);
-    let token = pick(&weights, u).ok_or("sampling weights are not finite")?;
-    Ok(token as u32)
+    if sampling.min_p > 0.0 {
+        weights.iter_mut().filter(|w| **w < sampling.min_p).for_each(|w| *w = 0.0);
+    }
+    let at = pick(&weights, u).ok_or("sampling weights are not finite")?;
+    Ok(ids.map_or(at as u32, |ids| ids[at]))
 }
 
 fn sum(weights: &[f32]) -> f64 {
-    weights.iter().map(|&w| f64::from(w)).sum()
+    block_sums(weights).into_iter().map(f64::from).sum()
 }
 
 /// The first index whose cumulative share exceeds `u`.
 fn pick(weights: &[f32], u: f64) -> Option<usize> {
-    let total = sum(weights);
+    let sums = block_sums(weights);
+    let total: f64 = sums.iter().copied().map(f64::from).sum();
     if !(total > 0.0 && total.is_finite()) {
         return None;
     }
     let target = u * total;
     let mut reached = 0.0;
-    let found = weights.iter().position(|&w| {
+    let mut exceeds = |weight: f32| {
+        reached += f64::from(weight);
+        reached > target
+    };
+    // Rounding can leave none: then it is the last that is possible.
+    let Some(block) = sums.iter().position(|&sum| exceeds(sum)) else {
+        return weights.iter().rposition(|&w| w > 0.0);
+    };
+    reached -= f64::from(sums[block]);
+    let own = &weights[block * BLOCK..((block + 1) * BLOCK).min(weights.len())];
+    let found = own.iter().position(|&w| {
         reached += f64::from(w);
         reached > target
     });
-    // Rounding of `u * total` up to `total` can leave none: then it is the last that is possible.
-    found.or_else(|| weights.iter().rposition(|&w| w > 0.0))
+    found.or_else(|| own.iter().rposition(|&w| w > 0.0)).map(|at| block * BLOCK + at)
 }
 
 /// How two tokens rank: the likelier first, of equals the lower id.
@@ -231,9 +238,8 @@ fn keep_nucleus(weights: &mut [f32], p: f32) {
 
 /// A token's log-probability and the `n` likeliest tokens with theirs.
 fn logprob(raw: &[f32], token: u32, n: u32) -> TokenLogprob {
-    let max = raw.iter().fold(f32::NEG_INFINITY, |max, &l| max.max(l));
-    let total: f64 = raw.iter().map(|&l| f64::from((l - max).exp())).sum();
-    let log_sum = f64::from(max) + total.ln();
+    let max = raw.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let log_sum = f64::from(max) + sum(&exponentials(raw, max, 1.0)).ln();
     let of = |token: u32| (f64::from(raw[token as usize]) - log_sum) as f32;
     let best = if n == 0 { Vec::new() } else { top(raw, n as usize) };
     let top = best.into_iter().map(|t| (t, of(t))).collect();
