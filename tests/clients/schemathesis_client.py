@@ -24,7 +24,7 @@ def main():
     command += ["--header", f"Authorization: {BEARER}", "--checks", "all", "--workers", "1"]
     command += ["--max-time", os.environ["SCHEMATHESIS_SECONDS"], "--no-color"]
     # Its reports and its database of examples are not kept.
-    command += ["--generation-database", "none", "--request-timeout", "60"]
+    command += ["--generation-database", "none", "--request-timeout", "60", "--max-response-time", "60"]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(command, cwd=folder, check=True)
     print(f"schemathesis {importlib.metadata.version('schemathesis')}: {operations} operations")
