@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Error, Result, Tensor};
 use candle_nn::VarBuilder;
 use shoal::adapter::{Deltas, LowRank, Mix, Module, Part, Shape};
 use shoal::kernels::{
-    Group, LowRankGroup, Ops, PackedMatrix, Precision, grouped_matmul, in_pool, low_rank_add,
+    Group, LowRankGroup, Ops, PackedMatrix, Precision, grouped_matmul, low_rank_add,
 };
 use shoal::model::init::fresh;
 use shoal::model::step::{AdapterRows, Runner, SampleRow, Slice, StepInput};
@@ -33,18 +33,15 @@ fn split(rows: usize, groups: usize) -> Vec<Range<usize>> {
     (0..groups).map(|i| i * rows / groups..(i + 1) * rows / groups).collect()
 }
 
-/// Microseconds of one call on a compute thread: the best of many, which others on the machine disturb
-/// least.
-fn time(mut call: impl FnMut() -> Result<Tensor> + Send) -> Result<f64> {
-    in_pool(|| {
-        let mut best = f64::MAX;
-        for _ in 0..CALLS {
-            let start = shoal::telemetry::now();
-            black_box(call()?);
-            best = best.min(start.elapsed().as_secs_f64() * 1e6);
-        }
-        Ok(best)
-    })
+/// Microseconds of one call: the best of many, which others on the machine disturb least.
+fn time(mut call: impl FnMut() -> Result<Tensor>) -> Result<f64> {
+    let mut best = f64::MAX;
+    for _ in 0..CALLS {
+        let start = shoal::telemetry::now();
+        black_box(call()?);
+        best = best.min(start.elapsed().as_secs_f64() * 1e6);
+    }
+    Ok(best)
 }
 
 /// One low-rank product, and one product per group, beside a linear layer.

@@ -8,7 +8,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use shoal::kernels::{Ops, PackedMatrix, Precision, in_pool};
+use shoal::kernels::{Ops, PackedMatrix, Precision};
 use shoal::model::spec::{Gate, Moe};
 use shoal::model::{MoeLayer, Spec, init};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -81,12 +81,12 @@ fn mixtures(width: usize, gate: Gate, precision: Precision) -> Result<Vec<MoeLay
 fn time(
     best: &mut f64,
     calls: usize,
-    mut call: impl FnMut(usize) -> Result<()> + Send,
+    mut call: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let begin = shoal::telemetry::now();
     while begin.elapsed() < Duration::from_millis(60) {
         let start = shoal::telemetry::now();
-        in_pool(|| (0..calls).try_for_each(&mut call))?;
+        (0..calls).try_for_each(&mut call)?;
         *best = best.min(start.elapsed().as_secs_f64() / calls as f64);
     }
     Ok(())

@@ -22,6 +22,7 @@ pub enum Outcome {
 /// Gives compute its threads; before anything computes.
 pub fn set_threads(compute: &Compute) -> Result<()> {
     if let Some(threads) = compute.threads {
+        let _ = shoal::kernels::set_threads(threads);
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     Ok(())

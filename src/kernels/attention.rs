@@ -5,6 +5,7 @@
 //! backward pass computes the weights anew from the forward pass's log-sums.
 #![allow(unsafe_code)]
 
+use super::threads::each;
 use super::Precision;
 use super::autograd::{elements, record};
 use super::gemm::micro::{Start, Strip};
@@ -13,7 +14,6 @@ use super::linear::wanted;
 use super::memory::{Shared, filled, with_scratch};
 use super::simd::{Isa, Kernel, Simd, Softmax, exp};
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of scores computed together; a multiple of every group of rows in the innermost loops.
@@ -66,7 +66,7 @@ struct All {
 impl All {
     /// Runs a task for each sequence and head; longest sequences need no special care, as tasks are many.
     fn each(&self, task: impl Fn(Range<usize>, usize) + Sync) {
-        (0..self.sequences.len() * self.heads).into_par_iter().for_each(|i| {
+        each(self.sequences.len() * self.heads, |i| {
             let rows = self.sequences[i / self.heads].clone();
             if !rows.is_empty() {
                 task(rows, i % self.heads);

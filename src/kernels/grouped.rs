@@ -4,6 +4,7 @@
 //! rows of several. Small work stays on the calling thread, where waking another costs more than it saves.
 #![allow(unsafe_code)]
 
+use super::threads::{each, each_part, threads};
 use super::PackedMatrix;
 use super::autograd::elements;
 use super::gemm::micro::Start;
@@ -12,7 +13,6 @@ use super::gemm::{Operand, Panels, ROW_BLOCK, TASK_WORK, row_block};
 use super::memory::{Shared, filled, with_scratch};
 use super::simd::Isa;
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor, bail};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Neighbouring rows that share a linear layer.
@@ -129,7 +129,9 @@ unsafe fn multiply(x: &[f32], parts: &[Part<'_>], out: Shared<f32>) {
             let starts = part.rows.clone().step_by(block);
             starts.map(move |start| (part, start..(start + block).min(part.rows.end)))
         });
-        blocks.collect::<Vec<_>>().into_par_iter().for_each(|(part, rows)| {
+        let blocks: Vec<_> = blocks.collect();
+        each(blocks.len(), |i| {
+            let (part, rows) = blocks[i].clone();
             with_scratch(rows.len() * lda, |a| {
                 // SAFETY: the scratch has room for the block; each block has one task.
                 unsafe {
@@ -154,10 +156,7 @@ unsafe fn multiply(x: &[f32], parts: &[Part<'_>], out: Shared<f32>) {
                 }
             }
         };
-        match tasks {
-            1 => run(0),
-            _ => (0..tasks).into_par_iter().for_each(run),
-        }
+        each(tasks, run);
     });
 }
 
@@ -169,7 +168,7 @@ fn split(
     count: usize,
 ) -> (usize, impl Fn(&Part<'_>, usize) -> Range<usize>) {
     let rows = parts.last().map_or(0, |last| last.rows.end);
-    let tasks = 4 * rayon::current_num_threads();
+    let tasks = 4 * threads();
     // All rows of all panels in a line, part by part and panel by panel, cut into pieces of this length:
     // a panel belongs to the piece in which it begins.
     let length = TASK_WORK.div_ceil(work).max((rows * count).div_ceil(tasks));
@@ -249,7 +248,7 @@ impl InplaceOp2 for LowRank<'_> {
 impl LowRank<'_> {
     fn add(&self, y: &mut [f32], x: &[f32]) {
         let block = self.rows_per_task(x.len() / self.inner);
-        let add = |(i, y): (usize, &mut [f32])| {
+        let add = |i: usize, y: &mut [f32]| {
             let first = i * block;
             for group in self.groups {
                 let rows =
@@ -261,11 +260,7 @@ impl LowRank<'_> {
                 }
             }
         };
-        if y.len() <= block * self.columns {
-            add((0, y));
-        } else {
-            y.par_chunks_mut(block * self.columns).enumerate().for_each(add);
-        }
+        each_part(y, block * self.columns, add);
     }
 
     /// All of `rows` if the work is not worth several tasks.
@@ -274,7 +269,7 @@ impl LowRank<'_> {
             group.rows.len() * group.a.shape().1 * (self.inner + self.columns)
         };
         let work: usize = self.groups.iter().map(work).sum();
-        let tasks = (work / TASK_WORK).clamp(1, 4 * rayon::current_num_threads());
+        let tasks = (work / TASK_WORK).clamp(1, 4 * threads());
         rows.div_ceil(tasks).clamp(1, ROW_BLOCK)
     }
 }

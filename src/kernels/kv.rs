@@ -7,6 +7,7 @@
 
 mod head;
 
+use super::threads::{each, threads};
 use super::Precision;
 use super::autograd::elements;
 use super::gemm::pack::{Matrix, words};
@@ -14,7 +15,6 @@ use super::memory::{Shared, Words, filled, with_scratch};
 use super::simd::Isa;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use head::Head;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Products of positions and width below which one thread is faster than several.
@@ -147,8 +147,11 @@ impl KvPool {
             if positions * d < SMALL {
                 (0..tasks).for_each(|i| attend(i, out));
             } else {
-                let few = tasks.div_ceil(4 * rayon::current_num_threads());
-                (0..tasks).into_par_iter().with_min_len(few).for_each(|i| attend(i, out));
+                let few = tasks.div_ceil(8 * threads());
+                each(tasks.div_ceil(few), |part| {
+                    let own = part * few..((part + 1) * few).min(tasks);
+                    own.for_each(|i| attend(i, out));
+                });
             }
         };
         // SAFETY: there is a task for each row and head, and each writes its whole part.

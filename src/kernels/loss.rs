@@ -5,6 +5,7 @@
 //! pass comes.
 #![allow(unsafe_code)]
 
+use super::threads::each;
 use super::autograd::{elements, record};
 use super::gemm::micro::Start;
 use super::gemm::pack::{Matrix, spread, words};
@@ -13,7 +14,6 @@ use super::memory::{Shared, Words, with_scratch};
 use super::simd::{Isa, Softmax};
 use super::{IGNORE, Precision};
 use candle_core::{Device, Result, Tensor, bail};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows whose logits one task holds.
@@ -118,7 +118,7 @@ impl<'a> Head<'a> {
                 dhidden: Shared::new(dhidden.as_mut_ptr()),
                 by_entry: Shared::new(by_entry.as_mut_ptr()),
             };
-            (0..rows.len().div_ceil(TASK_ROWS)).into_par_iter().for_each(|i| {
+            each(rows.len().div_ceil(TASK_ROWS), |i| {
                 let first = rows.start + i * TASK_ROWS;
                 let part = first..(first + TASK_ROWS).min(rows.end);
                 let logits = spread(self.vocab) + spread(words(self.vocab, pairs));
@@ -147,7 +147,7 @@ impl<'a> Head<'a> {
         let operand = Operand::Outer(hidden);
         let panels = Panels::pack(operand, rows.len(), self.d, self.isa, self.precision);
         let out = Shared::new(dtable.as_mut_ptr());
-        (0..self.vocab.div_ceil(VOCAB_BLOCK)).into_par_iter().for_each(|i| {
+        each(self.vocab.div_ceil(VOCAB_BLOCK), |i| {
             let first = i * VOCAB_BLOCK;
             let count = VOCAB_BLOCK.min(self.vocab - first);
             // SAFETY: the words hold `stride` for each entry, of which the chunk's rows are written;

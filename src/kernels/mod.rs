@@ -40,7 +40,7 @@ pub use mmap::map_file;
 pub use ops::{Mode, Ops};
 pub use optim::{AdamW, adamw_step, l2_norm_squared};
 pub use packed::{Format, PackedMatrix};
-pub use threads::{in_pool, threads};
+pub use threads::{collect, set_threads, threads};
 pub use vocabulary::{BLOCK, block_sums, exponentials, largest};
 
 /// The target of a row that takes no part in [`Ops::cross_entropy`].

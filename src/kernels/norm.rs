@@ -1,13 +1,13 @@
 //! Layer normalisation.
 #![allow(unsafe_code)]
 
+use super::threads::{collect, each};
 use super::autograd::{elements, record};
 use super::linear::wanted;
 use super::memory::{Shared, filled};
 use super::reduce::{ROWS, merge};
 use super::simd::{Isa, Kernel, Simd};
 use candle_core::{Result, Tensor, bail};
-use rayon::prelude::*;
 
 /// Normalises the rows of `x [rows, d]`, then scales by `w [d]` and shifts by `b [d]`.
 pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, isa: Isa) -> Result<Tensor> {
@@ -28,18 +28,14 @@ pub fn layer_norm(x: &Tensor, w: &Tensor, b: &Tensor, eps: f64, isa: Isa) -> Res
 }
 
 fn forward(x: &[f32], w: &[f32], b: &[f32], eps: f32, isa: Isa) -> Vec<f32> {
-    let (d, task) = (w.len(), ROWS * w.len());
+    let task = ROWS * w.len();
     let run = |out: Shared<f32>| {
-        let one = |(i, x): (usize, &[f32])| {
+        each(x.len().div_ceil(task), |i| {
+            let own = i * task..((i + 1) * task).min(x.len());
             // SAFETY: the output is as long as x; this task's rows begin here.
-            let out = Shared::new(unsafe { out.get().add(i * task) });
-            isa.run(Forward { x, w, b, eps, out });
-        };
-        if x.len() <= 16 * d {
-            one((0, x));
-        } else {
-            x.par_chunks(task).enumerate().for_each(one);
-        }
+            let out = Shared::new(unsafe { out.get().add(own.start) });
+            isa.run(Forward { x: &x[own], w, b, eps, out });
+        });
     };
     // SAFETY: the tasks cover all rows.
     unsafe { filled(x.len(), run) }
@@ -56,18 +52,15 @@ fn backward(
     let (d, task) = (w.len(), ROWS * w.len());
     let mut parts = Vec::new();
     let run = |dx: Shared<f32>| {
-        parts = x
-            .par_chunks(task)
-            .zip(dy.par_chunks(task))
-            .enumerate()
-            .map(|(i, (x, dy))| {
-                // SAFETY: dx is as long as x; this task's rows begin here.
-                let dx = Shared::new(unsafe { dx.get().add(i * task) });
-                let mut sums = vec![0.0; 2 * d];
-                isa.run(Backward { x, w, dy, eps, dx, sums: &mut sums });
-                sums
-            })
-            .collect();
+        parts = collect(x.len().div_ceil(task), |i| {
+            let own = i * task..((i + 1) * task).min(x.len());
+            // SAFETY: dx is as long as x; this task's rows begin here.
+            let dx = Shared::new(unsafe { dx.get().add(own.start) });
+            let mut sums = vec![0.0; 2 * d];
+            let (x, dy) = (&x[own.clone()], &dy[own]);
+            isa.run(Backward { x, w, dy, eps, dx, sums: &mut sums });
+            sums
+        });
     };
     assert_eq!(x.len(), dy.len(), "a gradient of another shape");
     // SAFETY: the tasks cover all rows.

@@ -3,7 +3,6 @@
 use super::simd::Isa;
 use super::{
     Precision, attention, autograd, embed, linear, loss, memory, norm, pointwise, reference,
-    threads,
 };
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, bail};
@@ -29,7 +28,6 @@ pub struct Ops {
 impl Ops {
     /// The fastest implementation that `device` has.
     pub fn new(device: &Device, precision: Precision) -> Self {
-        threads();
         let mode = if device.is_cpu() { Mode::Fast } else { Mode::Reference };
         Self { mode, precision }
     }

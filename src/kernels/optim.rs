@@ -1,10 +1,10 @@
 //! The optimiser's arithmetic.
 #![allow(unsafe_code)]
 
+use super::threads::{collect, each_part};
 use super::autograd::elements;
 use super::simd::{Isa, Kernel, Simd};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, Var, bail};
-use rayon::prelude::*;
 
 /// Elements that a task takes; fixed, so that the order of additions in a norm is.
 const TASK: usize = 1 << 15;
@@ -56,13 +56,13 @@ pub fn adamw_step(param: &Var, grad: &Tensor, m: &Var, v: &Var, how: &AdamW) -> 
     in_place(m, |m| {
         in_place(v, |v| {
             in_place(param, |param| {
-                let tasks = param
-                    .par_chunks_mut(TASK)
-                    .zip(m.par_chunks_mut(TASK))
-                    .zip(v.par_chunks_mut(TASK))
-                    .zip(grad.par_chunks(TASK));
-                tasks.for_each(|(((param, m), v), grad)| {
-                    Isa::best().run(Step { param, m, v, grad, how });
+                let parts = param.chunks_mut(TASK).zip(m.chunks_mut(TASK));
+                let parts = parts.zip(v.chunks_mut(TASK)).zip(grad.chunks(TASK));
+                let mut parts: Vec<_> = parts.collect();
+                each_part(&mut parts, 1, |_, part| {
+                    for (((param, m), v), grad) in part {
+                        Isa::best().run(Step { param, m, v, grad, how });
+                    }
                 });
                 Ok(())
             })
@@ -90,8 +90,10 @@ pub fn l2_norm_squared(x: &Tensor) -> Result<f64> {
     }
     let x = x.contiguous()?;
     let x = elements(&x)?;
-    let parts: Vec<f64> =
-        x.par_chunks(TASK).map(|x| f64::from(Isa::best().run(Squares(x)))).collect();
+    let parts = collect(x.len().div_ceil(TASK), |i| {
+        let own = &x[i * TASK..((i + 1) * TASK).min(x.len())];
+        f64::from(Isa::best().run(Squares(own)))
+    });
     Ok(parts.iter().sum())
 }
 

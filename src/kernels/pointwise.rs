@@ -1,12 +1,12 @@
 //! Operations on each element by itself.
 #![allow(unsafe_code)]
 
+use super::threads::each;
 use super::autograd::{elements, record};
 use super::linear::wanted;
 use super::memory::{Shared, filled};
 use super::simd::{Isa, Kernel, Simd, exp};
 use candle_core::{Device, Result, Tensor, bail};
-use rayon::prelude::*;
 
 /// Elements that a task takes.
 const TASK: usize = 1 << 15;
@@ -127,12 +127,7 @@ fn map(function: Function, a: &[f32], b: &[f32], isa: Isa) -> Vec<f32> {
             let out = Shared::new(unsafe { out.get().add(range.start) });
             isa.run(Map { function, a: &a[range.clone()], b: &b[range], out });
         };
-        let tasks = a.len().div_ceil(TASK);
-        if tasks <= 1 {
-            (0..tasks).for_each(task)
-        } else {
-            (0..tasks).into_par_iter().for_each(task)
-        }
+        each(a.len().div_ceil(TASK), task);
     };
     // SAFETY: the tasks' ranges cover the output.
     unsafe { filled(a.len(), run) }

@@ -12,9 +12,8 @@ use super::step::{
 };
 use super::{Routes, Spec, adapter_shape, kv_shape, sample};
 use crate::adapter;
-use crate::kernels::{KvPool, LowRankGroup, PagedRows, elements, in_pool, low_rank_add};
+use crate::kernels::{KvPool, LowRankGroup, PagedRows, collect, elements, low_rank_add};
 use candle_core::{Device, Result as CandleResult, Tensor};
-use rayon::prelude::*;
 use routed::Routed;
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -82,8 +81,8 @@ impl CandleRunner {
             let rows = Tensor::from_vec(rows, part.len(), hidden.device())?;
             let logits = self.decoder.logits(&hidden.index_select(&rows, 0)?)?;
             let logits = elements(&logits)?;
-            let logits = logits.par_chunks_exact(self.capacity.vocab);
-            outputs.par_extend(logits.zip(part).map(|(logits, asked)| f(logits, asked)));
+            let vocab = self.capacity.vocab;
+            outputs.extend(collect(part.len(), |i| f(&logits[i * vocab..][..vocab], &part[i])));
         }
         Ok(outputs)
     }
@@ -117,8 +116,7 @@ impl Runner for CandleRunner {
         if input.tokens.is_empty() {
             return Ok(StepOutput::default());
         }
-        // On a compute thread no kernel has to be handed over and waited for.
-        Ok(in_pool(|| self.compute(input))?)
+        Ok(self.compute(input)?)
     }
 }
 

@@ -9,12 +9,12 @@
 pub mod micro;
 pub mod pack;
 
+use super::threads::{each, threads};
 use super::Precision;
 use super::memory::{Shared, Words, with_scratch};
 use super::simd::Isa;
 use micro::{Start, Strip};
 use pack::{Matrix, spread, words};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows that a task takes when there are many; a multiple of every group of rows in [`micro`].
@@ -28,7 +28,7 @@ pub const TASK_WORK: usize = 1 << 18;
 
 /// Rows per task where tasks split `m` rows rather than the columns, which make `panels` panels.
 pub fn row_block(m: usize, panels: usize) -> Option<usize> {
-    let many_panels = panels >= 4 * rayon::current_num_threads();
+    let many_panels = panels >= 4 * threads();
     (m > SOME_ROWS || (m > FEW_ROWS && !many_panels)).then_some(if m >= 8 * ROW_BLOCK {
         ROW_BLOCK
     } else {
@@ -105,7 +105,7 @@ impl Panels {
         if size < 1 << 14 {
             (0..layout.count()).for_each(pack);
         } else {
-            (0..layout.count()).into_par_iter().for_each(pack);
+            each(layout.count(), pack);
         }
         panels
     }
@@ -182,7 +182,7 @@ impl Panels {
             unsafe { matrix.pack_rows((isa, self.pairs), rows, a, lda) };
         };
         if let Some(block) = row_block(m, all.end) {
-            (0..m.div_ceil(block)).into_par_iter().for_each(|i| {
+            each(m.div_ceil(block), |i| {
                 let rows = i * block..((i + 1) * block).min(m);
                 with_scratch(rows.len() * lda, |a| {
                     pack(rows.clone(), a);
@@ -200,16 +200,13 @@ impl Panels {
             let panels = i * group..((i + 1) * group).min(all.end);
             rows_of_panels(0..m, panels, a.get());
         };
-        match all.end.div_ceil(group) {
-            1 => run(0),
-            tasks => (0..tasks).into_par_iter().for_each(run),
-        }
+        each(all.end.div_ceil(group), run);
     }
 
     /// Few enough tasks that handing them out costs little beside the work.
     fn panels_per_task(&self, m: usize, k: usize) -> usize {
         let work = (m * k * self.isa.panel_width()).max(1);
-        let tasks = 4 * rayon::current_num_threads();
+        let tasks = 4 * threads();
         TASK_WORK.div_ceil(work).max(self.count().div_ceil(tasks)).max(1)
     }
 

@@ -4,9 +4,9 @@
 //! rows of words; right operands become *panels*: groups of columns, each a `k x width` array of words,
 //! one after the other. The last panel is as wide as its columns need, in whole vectors.
 
+use super::super::threads::each;
 use crate::kernels::memory::Shared;
 use crate::kernels::simd::{Isa, Kernel, Simd};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// An f32 matrix in memory, as an operand with an inner dimension `k` and an outer one.
@@ -113,7 +113,7 @@ impl Matrix {
             // SAFETY: passed on from the caller.
             return unsafe { self.pack_rows(how, 0..rows, dst.get(), stride) };
         }
-        (0..rows.div_ceil(16)).into_par_iter().for_each(|i| {
+        each(rows.div_ceil(16), |i| {
             let part = i * 16..((i + 1) * 16).min(rows);
             // SAFETY: passed on from the caller; each row has one task.
             unsafe { self.pack_rows(how, part, dst.get().add(i * 16 * stride), stride) };

@@ -12,6 +12,7 @@
 
 mod dot;
 
+use super::threads::{each, threads};
 use super::gemm::Operand;
 use super::memory::{Shared, Words};
 use dot::{Level, Strip};
@@ -23,9 +24,11 @@ const PANEL: usize = 64;
 /// What the width of a panel is a multiple of.
 const STEP: usize = 16;
 /// Products that are worth a task of their own; an integer one costs a quarter of a float's.
-const TASK_WORK: usize = 1 << 19;
+const TASK_WORK: usize = 1 << 17;
 /// Rows that pass over a panel while it is in the cache, with their words.
 const ROW_BLOCK: usize = 192;
+/// Rows that a task rounds.
+const ROUND_ROWS: usize = 8;
 
 /// A right operand in 8 bits.
 #[derive(Debug)]
@@ -109,17 +112,14 @@ impl Int8Matrix {
         let rows = Rows::new(a, m, self.k);
         let panels = self.columns.div_ceil(PANEL);
         let work = (m * self.k * PANEL).max(1);
-        let tasks = 4 * rayon::current_num_threads();
+        let tasks = 4 * threads();
         let group = TASK_WORK.div_ceil(work).max(panels.div_ceil(tasks)).max(1);
         let run = |i: usize| {
             let own = i * group..((i + 1) * group).min(panels);
             // SAFETY: passed on from the caller; each task has columns of its own.
             unsafe { self.panels(&rows, own, bias, out) };
         };
-        match panels.div_ceil(group) {
-            1 => run(0),
-            tasks => (0..tasks).into_par_iter().for_each(run),
-        }
+        each(panels.div_ceil(group), run);
     }
 
     /// All rows by some of the panels.
@@ -211,17 +211,17 @@ impl Rows {
         let lda = words(k).next_multiple_of(STEP) + STEP;
         let mut rows = Self { words: Words::zeros(m * lda), lda, scales: vec![0.0; m] };
         let level = Level::best();
-        let lines = rows.words.as_mut_slice().chunks_exact_mut(lda).zip(a.chunks_exact(k));
-        let round = |((words, line), scale): ((&mut [u32], &[f32]), &mut f32)| {
-            *scale = level.round(line, words);
-        };
-        if a.len() < 1 << 15 {
-            lines.zip(&mut rows.scales).for_each(round);
-        } else {
-            let lines =
-                rows.words.as_mut_slice().par_chunks_exact_mut(lda).zip(a.par_chunks_exact(k));
-            lines.zip(&mut rows.scales).with_min_len(8).for_each(round);
-        }
+        let (words, scales) = (rows.words.as_mut_ptr(), rows.scales.as_mut_ptr());
+        let (words, scales) = (Shared::new(words), Shared::new(scales));
+        each(m.div_ceil(ROUND_ROWS), |i| {
+            for row in i * ROUND_ROWS..((i + 1) * ROUND_ROWS).min(m) {
+                // SAFETY: there are words and a scale for each row, and each row has one task.
+                unsafe {
+                    let words = std::slice::from_raw_parts_mut(words.get().add(row * lda), lda);
+                    *scales.get().add(row) = level.round(&a[row * k..][..k], words);
+                }
+            }
+        });
         rows
     }
 }

@@ -1,7 +1,6 @@
 //! Whole runs: the loop, checkpoints, the bundle that comes out.
 
 use super::{Kitchen, PAIRS, example};
-use crate::kernels::threads;
 use crate::model::step::{Runner, SampleRow, Slice, StepInput};
 use crate::model::{self, LoadOptions};
 use crate::request::Sampling;
@@ -212,7 +211,6 @@ fn greedy(runner: &mut impl Runner, ids: &[u32], end: u32) -> Vec<u32> {
 /// From examples to a served model: learnt by heart, written as a bundle, read back, answered.
 #[test]
 fn a_model_learns_its_examples_by_heart_and_serves_them() {
-    threads();
     let kitchen = Kitchen::new(150, 5e-3);
     fs::create_dir(kitchen.path().join("tasks")).unwrap();
     fs::write(kitchen.path().join("tasks/image.toml"), "description = 'x'\n").unwrap();
