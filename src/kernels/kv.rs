@@ -17,8 +17,10 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use head::Head;
 use std::ops::Range;
 
-/// Products of positions and width below which one thread is faster than several.
-const SMALL: usize = 1 << 16;
+/// Products of positions and width that are worth a task of their own.
+const TASK_WORK: usize = 1 << 14;
+/// Rows that one thread writes faster than several.
+const FEW_ROWS: usize = 8;
 
 /// What a pool keeps for each position.
 #[derive(Clone, Copy, Debug)]
@@ -51,12 +53,12 @@ impl KvShape {
 /// Keys and values of all layers.
 ///
 /// They are kept in words of one f32 or of two bf16, so that scores and outputs are both computed with
-/// neighbouring lanes: within a block, keys as `[head][words of dim][slot]` and values as
-/// `[head][words of slot][dim]`.
+/// neighbouring lanes: blocks are `[layer][keys, values][head]`, and of these keys are
+/// `[words of dim][slot]` and values `[words of slot][dim]`. All of a block is in one place, so that a pool
+/// takes no more memory than its blocks in use.
 #[derive(Debug)]
 pub struct KvPool {
-    keys: Words,
-    values: Words,
+    words: Words,
     layers: usize,
     blocks: usize,
     block_size: usize,
@@ -90,10 +92,10 @@ impl KvPool {
         };
         let pairs = shape.pairs();
         let count = words(size, pairs);
-        let (Some(keys), Some(values)) = (Words::try_zeros(count), Words::try_zeros(count)) else {
+        let Some(words) = Words::try_zeros(2 * count) else {
             bail!("no memory for a KV pool of {} bytes", 2 * count * size_of::<u32>());
         };
-        Ok(Self { keys, values, layers, blocks, block_size, heads, head_dim, pairs })
+        Ok(Self { words, layers, blocks, block_size, heads, head_dim, pairs })
     }
 
     /// Writes K and V of all rows of `qkv [rows, 3d]` into their blocks, then attends from each row
@@ -108,55 +110,56 @@ impl KvPool {
         let tables = self.tables_by_row(count, rows)?;
         let qkv = qkv.contiguous()?;
         let qkv = elements(&qkv)?;
-        let row_words = words(3 * d, self.pairs);
-        let mut packed = Words::zeros(count * row_words);
+        let stride = words(3 * d, self.pairs);
         let matrix = Matrix { data: qkv.as_ptr(), stride: 3 * d, inner_lines: true, k: 3 * d };
+        let mut packed = Words::zeros(count * stride);
         // SAFETY: there are count rows of 3d elements, and as many words for each.
         unsafe {
             let how = (Isa::best(), self.pairs);
-            matrix.pack_rows(how, 0..count, packed.as_mut_ptr(), row_words);
+            matrix.pack_all_rows(how, count, Shared::new(packed.as_mut_ptr()), stride);
         }
-        let line = |row: usize| &packed.as_slice()[row * row_words..][..row_words];
-        for (row, table) in tables.iter().enumerate() {
-            self.write(layer, table, rows.positions[row] as usize, &line(row)[row_words / 3..]);
-        }
-        let pool = &*self;
-        let attend = |i: usize, out: Shared<f32>| {
-            // Rows of one sequence come one after the other, so that its blocks stay in the cache.
-            let (head, row) = (i / count, i % count);
-            let query = words(pool.head_dim, pool.pairs);
-            let len = rows.positions[row] as usize + 1;
-            with_scratch(Head::scratch(len, pool.block_size), |scores| {
-                let head = Head {
-                    pool,
-                    base: pool.offset(layer, 0, head),
-                    table: tables[row],
-                    len,
-                    q: &line(row)[head * query..][..query],
-                    scores: scores.cast(),
-                    // SAFETY: the output is `[count, d]`, and this row and head are inside.
-                    out: unsafe { out.get().add(row * d + head * pool.head_dim) },
-                };
-                // SAFETY: the table was checked, and each task has a row and head of its own.
-                unsafe { head.run() };
+        let step = Step { layer, tables: &tables, positions: rows.positions, packed: &packed };
+        self.write(&step);
+        // SAFETY: there is a task for each row and head, and each writes its whole part.
+        let out = unsafe { filled(count * d, |out| self.look(&step, out)) };
+        Tensor::from_vec(out, (count, d), &Device::Cpu)
+    }
+
+    /// Attention of all rows, to `[rows, d]`.
+    fn look(&self, step: &Step<'_>, out: Shared<f32>) {
+        let (count, d) = (step.tables.len(), self.heads * self.head_dim);
+        let attend = |i: usize, next: Option<usize>| {
+            let head = self.head(step, i, out);
+            let next = next.map(|next| self.head(step, next, out).keys(0));
+            with_scratch(Head::scratch(head.len, self.block_size), |scores| {
+                // SAFETY: the tables were checked, and each task has a row and head of its own.
+                unsafe { Head { scores: scores.cast(), ..head }.run(next) };
             });
         };
-        let positions: usize = rows.positions.iter().map(|&p| p as usize + 1).sum();
-        let tasks = count * pool.heads;
-        let run = |out: Shared<f32>| {
-            if positions * d < SMALL {
-                (0..tasks).for_each(|i| attend(i, out));
-            } else {
-                let few = tasks.div_ceil(8 * threads());
-                each(tasks.div_ceil(few), |part| {
-                    let own = part * few..((part + 1) * few).min(tasks);
-                    own.for_each(|i| attend(i, out));
-                });
-            }
-        };
-        // SAFETY: there is a task for each row and head, and each writes its whole part.
-        let out = unsafe { filled(count * d, run) };
-        Tensor::from_vec(out, (count, d), &Device::Cpu)
+        let positions: usize = step.positions.iter().map(|&p| p as usize + 1).sum();
+        let all = count * self.heads;
+        let tasks = (positions * d / TASK_WORK).clamp(1, 8 * threads()).min(all);
+        each(tasks, |task| {
+            let (first, end) = (task * all / tasks, (task + 1) * all / tasks);
+            (first..end).for_each(|i| attend(i, Some(i + 1).filter(|&next| next < end)));
+        });
+    }
+
+    /// The `i`-th row and head. Rows of one sequence come one after the other, so that its blocks stay in
+    /// the cache.
+    fn head<'a>(&'a self, step: &'a Step<'a>, i: usize, out: Shared<f32>) -> Head<'a> {
+        let (head, row) = (i / step.tables.len(), i % step.tables.len());
+        let query = words(self.head_dim, self.pairs);
+        Head {
+            pool: self,
+            base: self.offset(step.layer, 0, head),
+            table: step.tables[row],
+            len: step.positions[row] as usize + 1,
+            q: &step.line(row)[head * query..][..query],
+            scores: std::ptr::null_mut(),
+            // SAFETY: the output is `[count, d]`, and this row and head are inside.
+            out: unsafe { out.get().add((row * self.heads + head) * self.head_dim) },
+        }
     }
 
     /// Each row's block table, after checking that every position has a block of the pool.
@@ -190,34 +193,85 @@ impl KvPool {
         words(self.block_size * self.head_dim, self.pairs)
     }
 
-    /// Where a head's part of a block begins, in both arrays.
+    /// Where a head's keys of a block begin; its values are [`values`](Self::values) behind them.
     fn offset(&self, layer: usize, block: u32, head: usize) -> usize {
-        ((layer * self.blocks + block as usize) * self.heads + head) * self.part()
+        block as usize * self.block() + (2 * layer * self.heads + head) * self.part()
     }
 
-    /// Writes the words of one row's keys, then values.
-    fn write(&mut self, layer: usize, table: &[u32], position: usize, kv: &[u32]) {
-        let (slot, size, dim) = (position % self.block_size, self.block_size, self.head_dim);
-        let block = table[position / self.block_size];
-        let (k, v) = kv.split_at(kv.len() / 2);
-        let heads = k.chunks_exact(k.len() / self.heads).zip(v.chunks_exact(v.len() / self.heads));
-        for (head, (k, v)) in heads.enumerate() {
-            let begin = self.offset(layer, block, head);
-            let part = begin..begin + self.part();
-            let keys = &mut self.keys.as_mut_slice()[part.clone()];
-            keys[slot..].iter_mut().step_by(size).zip(k).for_each(|(key, &k)| *key = k);
-            let values = &mut self.values.as_mut_slice()[part];
-            if self.pairs {
-                // A word of v holds two dimensions of this slot; one of the pool two slots.
-                let line = values[slot / 2 * dim..][..dim].chunks_exact_mut(2);
-                for (pair, &v) in line.zip(v) {
-                    set_half(&mut pair[0], slot % 2, v & 0xffff);
-                    set_half(&mut pair[1], slot % 2, v >> 16);
+    /// From a head's keys to its values.
+    fn values(&self) -> usize {
+        self.heads * self.part()
+    }
+
+    /// From one block to the next.
+    fn block(&self) -> usize {
+        2 * self.layers * self.heads * self.part()
+    }
+
+    /// Writes the keys and values of all rows, head by head: rows of one sequence may share words.
+    fn write(&mut self, step: &Step<'_>) {
+        let pool = &*self;
+        let begin = Shared::new(self.words.as_ptr().cast_mut());
+        let heads = if step.tables.len() < FEW_ROWS { self.heads } else { 1 };
+        each(self.heads.div_ceil(heads), |task| {
+            for head in task * heads..(task + 1) * heads {
+                for row in 0..step.tables.len() {
+                    // SAFETY: the tables were checked; a head's words are written by one task, and
+                    // nobody reads the pool meanwhile.
+                    unsafe { pool.write_row(step, row, head, begin.get()) };
                 }
-            } else {
-                values[slot * dim..][..dim].copy_from_slice(v);
             }
+        });
+    }
+
+    /// Writes the words of one row's keys and values of one head.
+    ///
+    /// # Safety
+    /// The row's position must have a block in the pool, whose words are at `words`.
+    unsafe fn write_row(&self, step: &Step<'_>, row: usize, head: usize, words: *mut u32) {
+        let (size, dim, position) =
+            (self.block_size, self.head_dim, step.positions[row] as usize);
+        let (slot, block) = (position % size, step.tables[row][position / size]);
+        let line = step.line(row);
+        let (own, third) = (line.len() / 3 / self.heads, line.len() / 3);
+        let key = &line[third + head * own..][..own];
+        let value = &line[2 * third + head * own..][..own];
+        // SAFETY: the slot is inside the block, and the block inside the pool.
+        let (keys, values) = unsafe {
+            let keys = words.add(self.offset(step.layer, block, head));
+            let values = keys.add(self.values());
+            (keys, std::slice::from_raw_parts_mut(values, self.part()))
+        };
+        for (i, &k) in key.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { *keys.add(i * size + slot) = k };
         }
+        if !self.pairs {
+            return values[slot * dim..][..dim].copy_from_slice(value);
+        }
+        // A word of the row holds two dimensions of this slot; one of the pool two slots.
+        let line = values[slot / 2 * dim..][..dim].chunks_exact_mut(2);
+        for (pair, &v) in line.zip(value) {
+            set_half(&mut pair[0], slot % 2, v & 0xffff);
+            set_half(&mut pair[1], slot % 2, v >> 16);
+        }
+    }
+}
+
+/// The rows of one call.
+struct Step<'a> {
+    layer: usize,
+    /// Each row's block table, checked.
+    tables: &'a [&'a [u32]],
+    positions: &'a [u32],
+    /// q, k and v of each row as words.
+    packed: &'a Words,
+}
+
+impl Step<'_> {
+    fn line(&self, row: usize) -> &[u32] {
+        let stride = self.packed.len() / self.tables.len();
+        &self.packed.as_slice()[row * stride..][..stride]
     }
 }
 

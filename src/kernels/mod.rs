@@ -35,6 +35,7 @@ mod vocabulary;
 pub use autograd::elements;
 pub use grouped::{Group, LowRankGroup, grouped_matmul, low_rank_add};
 pub use kv::{KvPool, KvShape, PagedRows};
+pub use memory::keep_freed_memory;
 pub use mix::mix_rows;
 pub use mmap::map_file;
 pub use ops::{Mode, Ops};

@@ -12,7 +12,7 @@ use super::step::{
 };
 use super::{Routes, Spec, adapter_shape, kv_shape, sample};
 use crate::adapter;
-use crate::kernels::{KvPool, LowRankGroup, PagedRows, collect, elements, low_rank_add};
+use crate::kernels::{KvPool, LowRankGroup, PagedRows, collect, elements, keep_freed_memory, low_rank_add};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use routed::Routed;
 use std::collections::BTreeSet;
@@ -35,6 +35,8 @@ impl CandleRunner {
     /// A runner with an empty cache of `blocks` blocks of `block_size` positions. Where these are fewer
     /// than the model's context, they are the longest sequence.
     pub fn new(decoder: Decoder, blocks: usize, block_size: usize) -> CandleResult<Self> {
+        // Every step takes and frees the same buffers.
+        keep_freed_memory();
         let spec = decoder.spec();
         let pool = KvPool::new(kv_shape(spec, block_size, decoder.precision()), blocks)?;
         let context = spec.context.min(blocks * block_size);
