@@ -1,5 +1,6 @@
 //! The innermost loops: a few rows of bytes times one panel, sums in registers; for each instruction set.
 
+use crate::kernels::simd::{LINE, prefetch};
 use std::sync::OnceLock;
 
 /// Which instructions multiply bytes; only those that this machine has can be had.
@@ -77,6 +78,9 @@ fn round(line: &[f32], bytes: &mut [u8]) -> f32 {
     largest / 127.0
 }
 
+/// Rows whose sums are in registers together.
+const GROUP: usize = 6;
+
 /// Rows of words times one panel.
 #[derive(Clone, Copy)]
 pub struct Strip {
@@ -104,6 +108,24 @@ pub struct Strip {
     pub ldc: usize,
     /// Columns that exist.
     pub columns: usize,
+    /// The panel that will be wanted after this one, of the same size.
+    pub next: Option<*const u32>,
+}
+
+/// Words of a panel that will be wanted soon, asked for while others are multiplied, so that neither
+/// memory nor arithmetic waits for the other.
+#[derive(Clone, Copy)]
+struct Ahead {
+    at: *const u32,
+    /// Ask with each of so many words of the inner dimension.
+    every: usize,
+}
+
+impl Ahead {
+    /// Words that are on their way while a panel comes from memory for its first rows: what memory needs
+    /// to be kept busy, which several rows' arithmetic between two loads would not leave room for.
+    const DISTANCE: usize = 8192 / size_of::<u32>();
+    const NOTHING: Self = Self { at: std::ptr::null(), every: usize::MAX };
 }
 
 /// A vector of `LANES` 32-bit integers, or of as many words of four bytes, or of f32.
@@ -167,6 +189,7 @@ impl Strip {
                     bias: self.bias.map(|bias| bias.add(at)),
                     c: self.c.add(at),
                     columns: (self.columns - at).min(NV * L::LANES),
+                    next: self.next.map(|next| next.wrapping_add(at)),
                     ..self
                 };
                 part.row_groups::<L, NV>();
@@ -176,27 +199,33 @@ impl Strip {
 
     #[inline(always)]
     unsafe fn row_groups<L: Lanes, const NV: usize>(mut self) {
+        let mut ahead = Ahead { at: self.b.wrapping_add(Ahead::DISTANCE), every: 1 };
+        // All groups of rows but the first find the panel in the cache; they fetch the next one.
+        let others = self.rows.div_ceil(GROUP).saturating_sub(1).max(1);
+        let mut next = self.next.map_or(Ahead::NOTHING, |at| Ahead { at, every: others });
         while self.rows > 0 {
             // SAFETY: passed on; each group advances by the rows that it computed.
             unsafe {
                 let done = match self.rows {
-                    6.. => self.group::<L, 6, NV>(),
-                    5 => self.group::<L, 5, NV>(),
-                    4 => self.group::<L, 4, NV>(),
-                    3 => self.group::<L, 3, NV>(),
-                    2 => self.group::<L, 2, NV>(),
-                    _ => self.group::<L, 1, NV>(),
+                    GROUP.. => self.group::<L, GROUP, NV>(ahead),
+                    5 => self.group::<L, 5, NV>(ahead),
+                    4 => self.group::<L, 4, NV>(ahead),
+                    3 => self.group::<L, 3, NV>(ahead),
+                    2 => self.group::<L, 2, NV>(ahead),
+                    _ => self.group::<L, 1, NV>(ahead),
                 };
                 self.rows -= done;
                 self.a = self.a.add(done * self.lda);
                 self.row_scales = self.row_scales.add(done);
                 self.c = self.c.add(done * self.ldc);
             }
+            ahead = next;
+            next.at = next.at.wrapping_add(self.k.div_ceil(others) * self.width);
         }
     }
 
     #[inline(always)]
-    unsafe fn group<L: Lanes, const MR: usize, const NV: usize>(&self) -> usize {
+    unsafe fn group<L: Lanes, const MR: usize, const NV: usize>(&self, mut ahead: Ahead) -> usize {
         // SAFETY: passed on; the last vector of a row touches only the columns that exist.
         unsafe {
             let first: [L::V; NV] =
@@ -204,7 +233,16 @@ impl Strip {
             let mut sums = [first; MR];
             let rows: [*const u32; MR] = std::array::from_fn(|r| self.a.add(r * self.lda));
             let mut b = self.b.cast::<i32>();
+            let mut due = ahead.every;
             for k in 0..self.k {
+                due -= 1;
+                if due == 0 {
+                    due = ahead.every;
+                    for line in 0..(NV * L::LANES).div_ceil(LINE) {
+                        prefetch::<false>(ahead.at.wrapping_add(line * LINE));
+                    }
+                    ahead.at = ahead.at.wrapping_add(self.width);
+                }
                 let columns: [L::V; NV] = std::array::from_fn(|v| L::load(b.add(v * L::LANES)));
                 for (sums, row) in sums.iter_mut().zip(&rows) {
                     let a = L::splat(*row.add(k));

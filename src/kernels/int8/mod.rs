@@ -112,7 +112,7 @@ impl Int8Matrix {
         let rows = Rows::new(a, m, self.k);
         let panels = self.columns.div_ceil(PANEL);
         let work = (m * self.k * PANEL).max(1);
-        let tasks = 4 * threads();
+        let tasks = 8 * threads();
         let group = TASK_WORK.div_ceil(work).max(panels.div_ceil(tasks)).max(1);
         let run = |i: usize| {
             let own = i * group..((i + 1) * group).min(panels);
@@ -136,7 +136,9 @@ impl Int8Matrix {
         let level = Level::best();
         for first in (0..rows.scales.len()).step_by(ROW_BLOCK) {
             let count = (rows.scales.len() - first).min(ROW_BLOCK);
-            for column in panels.clone().map(|panel| panel * PANEL) {
+            for panel in panels.clone() {
+                let column = panel * PANEL;
+                let begin = |column| self.quads.as_slice()[column * words(self.k)..].as_ptr();
                 // SAFETY: rows and columns are inside the operands, and whole panels have scales.
                 unsafe {
                     let strip = Strip {
@@ -144,7 +146,8 @@ impl Int8Matrix {
                         lda: rows.lda,
                         row_scales: rows.scales.as_ptr().add(first),
                         rows: count,
-                        b: self.quads.as_ptr().add(column * words(self.k)),
+                        b: begin(column),
+                        next: (panel + 1 < panels.end).then(|| begin(column + PANEL)),
                         k: words(self.k),
                         width: self.width(column),
                         scales: self.scales.as_ptr().add(column),

@@ -77,6 +77,7 @@ fn every_instruction_set_gives_the_same_sums() {
             .collect();
         let mut out = vec![0f32; m * n];
         let strip = Strip {
+            next: None,
             a: words.as_ptr(),
             lda: 65,
             row_scales: scales.as_ptr(),

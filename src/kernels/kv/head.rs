@@ -1,7 +1,7 @@
 //! One row's attention in one head.
 
 use super::KvPool;
-use crate::kernels::simd::{Isa, Kernel, Simd, softmax};
+use crate::kernels::simd::{Isa, Kernel, LINE, Simd, prefetch, softmax};
 
 /// A query, what it sees, and where the result goes.
 pub struct Head<'a> {
@@ -75,7 +75,7 @@ impl Head<'_> {
             let keys = self.keys(i);
             // What comes next is far from here, and no stream that the machine could follow.
             let next = if i + 1 < blocks { self.keys(i + 1) } else { self.values(0) };
-            prefetch(next, self.pool.part());
+            ask_for(next, self.pool.part());
             for at in (0..size).step_by(S::LANES) {
                 let n = (size - at).min(S::LANES);
                 // SAFETY: the block is inside the pool, and the scores have a place for every slot.
@@ -105,7 +105,7 @@ impl Head<'_> {
                 let values = self.values(i).add(at);
                 let next = if i + 1 < blocks { Some(self.values(i + 1)) } else { next };
                 if let Some(next) = next {
-                    prefetch(next, self.pool.part());
+                    ask_for(next, self.pool.part());
                 }
                 let weights = self.scores.cast::<u32>().add(i * block_size / per_word);
                 let here = (self.len - i * block_size).min(block_size);
@@ -140,15 +140,8 @@ unsafe fn multiply<S: Simd, const PAIRS: bool>(a: S::V, b: S::V, sum: S::V) -> S
 
 /// Asks for `words` words, so that they are at hand later.
 #[inline(always)]
-fn prefetch(from: *const u32, words: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..words).step_by(16) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: whatever the address, nothing is read that a program could see.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (from, words);
+fn ask_for(from: *const u32, words: usize) {
+    (0..words).step_by(LINE).for_each(|at| prefetch::<true>(from.wrapping_add(at)));
 }
 
 struct Typed<'a, const PAIRS: bool>(Head<'a>, Option<*const u32>);

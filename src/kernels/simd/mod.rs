@@ -163,6 +163,27 @@ pub trait Simd: Copy {
     unsafe fn transpose(src: *const u32, stride: usize, dst: *mut u32, dst_stride: usize);
 }
 
+/// Words that memory hands over at once.
+pub const LINE: usize = 16;
+
+/// Asks for the line at this address, whatever it is, so that it is at hand soon (`NEAR`) or later.
+#[inline(always)]
+pub fn prefetch<const NEAR: bool>(at: *const u32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        // SAFETY: nothing is read that a program could see, and no address is wrong.
+        unsafe {
+            match NEAR {
+                true => _mm_prefetch::<_MM_HINT_T0>(at.cast()),
+                false => _mm_prefetch::<_MM_HINT_T1>(at.cast()),
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// `e^x` to about 1e-7 relative; x is clamped to -87..88.
 ///
 /// # Safety
