@@ -78,11 +78,7 @@ fn mixtures(width: usize, gate: Gate, precision: Precision) -> Result<Vec<MoeLay
 }
 
 /// Lowers `best` to the seconds of one of `calls` calls.
-fn time(
-    best: &mut f64,
-    calls: usize,
-    mut call: impl FnMut(usize) -> Result<()>,
-) -> Result<()> {
+fn time(best: &mut f64, calls: usize, mut call: impl FnMut(usize) -> Result<()>) -> Result<()> {
     let begin = shoal::telemetry::now();
     while begin.elapsed() < Duration::from_millis(60) {
         let start = shoal::telemetry::now();

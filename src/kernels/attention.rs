@@ -5,7 +5,6 @@
 //! backward pass computes the weights anew from the forward pass's log-sums.
 #![allow(unsafe_code)]
 
-use super::threads::each;
 use super::Precision;
 use super::autograd::{elements, record};
 use super::gemm::micro::{Start, Strip};
@@ -13,6 +12,7 @@ use super::gemm::pack::{Matrix, words};
 use super::linear::wanted;
 use super::memory::{Shared, filled, with_scratch};
 use super::simd::{Isa, Kernel, Simd, Softmax, exp};
+use super::threads::each;
 use candle_core::{Result, Tensor};
 use std::ops::Range;
 

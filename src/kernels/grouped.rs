@@ -4,7 +4,6 @@
 //! rows of several. Small work stays on the calling thread, where waking another costs more than it saves.
 #![allow(unsafe_code)]
 
-use super::threads::{each, each_part, threads};
 use super::PackedMatrix;
 use super::autograd::elements;
 use super::gemm::micro::Start;
@@ -12,6 +11,7 @@ use super::gemm::pack::{Matrix, spread, words};
 use super::gemm::{Operand, Panels, ROW_BLOCK, TASK_WORK, row_block};
 use super::memory::{Shared, filled, with_scratch};
 use super::simd::Isa;
+use super::threads::{each, each_part, threads};
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Result, Tensor, bail};
 use std::ops::Range;
 

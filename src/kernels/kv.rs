@@ -7,12 +7,12 @@
 
 mod head;
 
-use super::threads::{each, threads};
 use super::Precision;
 use super::autograd::elements;
 use super::gemm::pack::{Matrix, words};
-use super::memory::{Shared, Words, filled, with_scratch};
+use super::memory::{Pages, Shared, Words, filled, with_scratch};
 use super::simd::Isa;
+use super::threads::{each, threads};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use head::Head;
 use std::ops::Range;
@@ -58,7 +58,7 @@ impl KvShape {
 /// takes no more memory than its blocks in use.
 #[derive(Debug)]
 pub struct KvPool {
-    words: Words,
+    words: Pages,
     layers: usize,
     blocks: usize,
     block_size: usize,
@@ -92,7 +92,7 @@ impl KvPool {
         };
         let pairs = shape.pairs();
         let count = words(size, pairs);
-        let Some(words) = Words::try_zeros(2 * count) else {
+        let Ok(words) = Pages::zeros(2 * count) else {
             bail!("no memory for a KV pool of {} bytes", 2 * count * size_of::<u32>());
         };
         Ok(Self { words, layers, blocks, block_size, heads, head_dim, pairs })
@@ -210,8 +210,8 @@ impl KvPool {
 
     /// Writes the keys and values of all rows, head by head: rows of one sequence may share words.
     fn write(&mut self, step: &Step<'_>) {
+        let begin = Shared::new(self.words.as_mut_ptr());
         let pool = &*self;
-        let begin = Shared::new(self.words.as_ptr().cast_mut());
         let heads = if step.tables.len() < FEW_ROWS { self.heads } else { 1 };
         each(self.heads.div_ceil(heads), |task| {
             for head in task * heads..(task + 1) * heads {
@@ -229,8 +229,7 @@ impl KvPool {
     /// # Safety
     /// The row's position must have a block in the pool, whose words are at `words`.
     unsafe fn write_row(&self, step: &Step<'_>, row: usize, head: usize, words: *mut u32) {
-        let (size, dim, position) =
-            (self.block_size, self.head_dim, step.positions[row] as usize);
+        let (size, dim, position) = (self.block_size, self.head_dim, step.positions[row] as usize);
         let (slot, block) = (position % size, step.tables[row][position / size]);
         let line = step.line(row);
         let (own, third) = (line.len() / 3 / self.heads, line.len() / 3);

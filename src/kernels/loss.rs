@@ -5,13 +5,13 @@
 //! pass comes.
 #![allow(unsafe_code)]
 
-use super::threads::each;
 use super::autograd::{elements, record};
 use super::gemm::micro::Start;
 use super::gemm::pack::{Matrix, spread, words};
 use super::gemm::{Operand, Panels};
 use super::memory::{Shared, Words, with_scratch};
 use super::simd::{Isa, Softmax};
+use super::threads::each;
 use super::{IGNORE, Precision};
 use candle_core::{Device, Result, Tensor, bail};
 use std::ops::Range;

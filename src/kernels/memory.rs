@@ -1,9 +1,9 @@
 //! Buffers: aligned words, scratch that threads keep, and outputs that are written before they are read.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed};
+use memmap2::MmapMut;
 use std::cell::RefCell;
-use std::fmt;
+use std::{fmt, io};
 
 /// Words that begin on a cache line.
 #[derive(Default)]
@@ -18,22 +18,6 @@ impl Words {
     /// `count` zeros; the system hands out their memory as it is touched.
     pub fn zeros(count: usize) -> Self {
         Self::aligned(vec![0; count + LINE], count)
-    }
-
-    /// The same; `None` if there is not that much memory to be had.
-    pub fn try_zeros(count: usize) -> Option<Self> {
-        let len = count.checked_add(LINE)?;
-        let layout = Layout::array::<u32>(len).ok()?;
-        // SAFETY: the layout is not empty; what comes back, unless null, is as much zeroed memory from
-        // the allocator of vectors, with the layout that a vector of that capacity frees it by.
-        let all = unsafe {
-            let start = alloc_zeroed(layout).cast::<u32>();
-            if start.is_null() {
-                return None;
-            }
-            Vec::from_raw_parts(start, len, len)
-        };
-        Some(Self::aligned(all, count))
     }
 
     fn aligned(all: Vec<u32>, count: usize) -> Self {
@@ -71,6 +55,42 @@ impl Words {
 impl fmt::Debug for Words {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} words", self.len)
+    }
+}
+
+/// Words of zeros that the system hands out as they are touched, in large pages where it has them: a
+/// step that writes to new places must not stop for each 4 KB.
+pub struct Pages {
+    map: MmapMut,
+}
+
+impl Pages {
+    /// `count` zeros; an error if there is not that much memory to be had.
+    pub fn zeros(count: usize) -> io::Result<Self> {
+        let bytes = count.checked_mul(size_of::<u32>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let map = MmapMut::map_anon(bytes)?;
+        // Without large pages it works as well, only slower.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        Ok(Self { map })
+    }
+
+    /// All of them.
+    pub fn as_slice(&self) -> &[u32] {
+        // SAFETY: mapped memory is aligned to pages, and any bits are words.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast(), self.map.len() / 4) }
+    }
+
+    /// The first word; good for writing all of them.
+    pub fn as_mut_ptr(&mut self) -> *mut u32 {
+        self.map.as_mut_ptr().cast()
+    }
+}
+
+/// Not what they are: there are millions.
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes of pages", self.map.len())
     }
 }
 

@@ -1,12 +1,12 @@
 //! Layer normalisation.
 #![allow(unsafe_code)]
 
-use super::threads::{collect, each};
 use super::autograd::{elements, record};
 use super::linear::wanted;
 use super::memory::{Shared, filled};
 use super::reduce::{ROWS, merge};
 use super::simd::{Isa, Kernel, Simd};
+use super::threads::{collect, each};
 use candle_core::{Result, Tensor, bail};
 
 /// Normalises the rows of `x [rows, d]`, then scales by `w [d]` and shifts by `b [d]`.

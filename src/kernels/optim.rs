@@ -1,9 +1,9 @@
 //! The optimiser's arithmetic.
 #![allow(unsafe_code)]
 
-use super::threads::{collect, each_part};
 use super::autograd::elements;
 use super::simd::{Isa, Kernel, Simd};
+use super::threads::{collect, each_part};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, Var, bail};
 
 /// Elements that a task takes; fixed, so that the order of additions in a norm is.

@@ -1,11 +1,11 @@
 //! Operations on each element by itself.
 #![allow(unsafe_code)]
 
-use super::threads::each;
 use super::autograd::{elements, record};
 use super::linear::wanted;
 use super::memory::{Shared, filled};
 use super::simd::{Isa, Kernel, Simd, exp};
+use super::threads::each;
 use candle_core::{Device, Result, Tensor, bail};
 
 /// Elements that a task takes.

@@ -12,7 +12,9 @@ use super::step::{
 };
 use super::{Routes, Spec, adapter_shape, kv_shape, sample};
 use crate::adapter;
-use crate::kernels::{KvPool, LowRankGroup, PagedRows, collect, elements, keep_freed_memory, low_rank_add};
+use crate::kernels::{
+    KvPool, LowRankGroup, PagedRows, collect, elements, keep_freed_memory, low_rank_add,
+};
 use candle_core::{Device, Result as CandleResult, Tensor};
 use routed::Routed;
 use std::collections::BTreeSet;

@@ -9,10 +9,10 @@
 pub mod micro;
 pub mod pack;
 
-use super::threads::{each, threads};
 use super::Precision;
 use super::memory::{Shared, Words, with_scratch};
 use super::simd::Isa;
+use super::threads::{each, threads};
 use micro::{Start, Strip};
 use pack::{Matrix, spread, words};
 use std::ops::Range;

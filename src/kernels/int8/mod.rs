@@ -12,9 +12,9 @@
 
 mod dot;
 
-use super::threads::{each, threads};
 use super::gemm::Operand;
 use super::memory::{Shared, Words};
+use super::threads::{each, threads};
 use dot::{Level, Strip};
 use rayon::prelude::*;
 use std::ops::Range;

@@ -111,14 +111,14 @@ impl Head<'_> {
                 let here = (self.len - i * block_size).min(block_size);
                 for word in 0..here.div_ceil(per_word) {
                     let weight = S::splat_word(*weights.add(word));
-                    for v in 0..NV {
+                    for (v, sums) in sums.iter_mut().enumerate() {
                         let n = (head_dim - at - v * S::LANES).min(S::LANES);
                         let from = values.add(word * head_dim + v * S::LANES);
                         let value = S::load_n(from.cast(), n);
                         // A slot beyond the end may hold anything, even what is not a number.
                         let half = PAIRS && 2 * word + 1 == here;
                         let value = if half { S::low_halves(value) } else { value };
-                        let sum = &mut sums[v][word % 2];
+                        let sum = &mut sums[word % 2];
                         *sum = multiply::<S, PAIRS>(weight, value, *sum);
                     }
                 }

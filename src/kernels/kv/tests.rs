@@ -19,7 +19,7 @@ fn a_pool_takes_the_bytes_that_its_shape_says() {
     for (block_size, head_dim, bytes) in [(16, 64, 4), (16, 6, 4), (5, 64, 8), (16, 7, 8)] {
         let shape = shape(3, block_size, 2, head_dim, Precision::Bf16);
         let pool = KvPool::new(shape, 10).unwrap();
-        let held = pool.words.len() * size_of::<u32>();
+        let held = size_of_val(pool.words.as_slice());
         assert_eq!(held, shape.bytes_per_position() * block_size * 10);
         assert_eq!(shape.bytes_per_position(), bytes * 3 * 2 * head_dim);
     }
@@ -35,7 +35,9 @@ fn a_pool_beyond_all_memory_is_an_error() {
 
 /// What earlier tenants left in the blocks must not show.
 fn poison(pool: &mut KvPool) {
-    pool.words.as_mut_slice().fill(u32::MAX);
+    let len = pool.words.as_slice().len();
+    // SAFETY: the pages hold as many words.
+    unsafe { std::slice::from_raw_parts_mut(pool.words.as_mut_ptr(), len) }.fill(u32::MAX);
 }
 
 #[test]
